@@ -1,0 +1,261 @@
+"""Which sample comes when: a pure function (seed, epoch, position) -> sample number, in memory
+O(1).
+
+Called by the loader. Nothing is shuffled or materialised: every permutation is a keyed Feistel
+network over the smallest even-bit domain that holds its n values, walked along its cycles until it
+lands below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). So the order of
+ten billion samples costs what the order of ten costs, and the state of a run is two integers
+(epoch, step).
+
+    sample   the number of a kept row of the snapshot, 0 … N-1, shard after shard
+    chunk    `chunk` consecutive samples: one ranged read
+    position where a sample stands in an epoch's sequence of permuted chunks
+    lane     an equal span of positions; a global batch takes global_batch / lanes samples from
+    every lane window   `window` chunks' worth of a lane's positions, permuted among themselves
+
+A batch is lane-major and a rank owns consecutive lanes, so the batches of the ranks, concatenated,
+are the batch of a world of one: the world size never changes what is trained on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import UsageError
+
+Int64 = NDArray[np.int64]
+UInt64 = NDArray[np.uint64]
+
+_ROUNDS = 6  # 4 pass for indistinguishable in theory; small domains mix better with a few more
+_CHUNKS, _WINDOW = 1, 2  # what a permutation is for: part of its key
+
+
+class SampleOrder:
+    """The order of all epochs over `num_samples` samples.
+
+    Args:
+        num_samples: N, kept rows of the snapshot.
+        global_batch: G, samples a step over all ranks. Fewer than G samples are left out of an
+        epoch, and
+            others in every epoch.
+        lanes: a divisor of G; every world size that may ever train must divide it.
+        chunk: R, consecutive samples of one read.
+        window: chunks whose samples are mixed inside a lane.
+        seed: two runs with one seed see the same batches.
+
+    Raises UsageError for sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch: int,
+        lanes: int,
+        chunk: int,
+        window: int,
+        seed: int,
+    ) -> None:
+        _check_sizes(num_samples, global_batch, lanes, chunk, window)
+        self.num_samples = num_samples
+        self.global_batch = global_batch
+        self.lanes = lanes
+        self.chunk = chunk
+        self.window = window
+        self.seed = seed
+        self.num_steps = num_samples // global_batch
+        self.num_chunks = -(-num_samples // chunk)
+        self.samples_per_lane = self.num_steps * (global_batch // lanes)
+
+    def batch(self, epoch: int, step: int, rank: int = 0, world_size: int = 1) -> Int64:
+        """Sample numbers of one rank at one step, lane-major: int64 [global_batch / world_size]."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of an epoch of {self.num_steps} steps")
+        lanes = self.lanes_of(rank, world_size)
+        per_lane = self.global_batch // self.lanes
+        lane = np.repeat(np.arange(lanes.start, lanes.stop, dtype=np.int64), per_lane)
+        place = np.tile(
+            np.arange(step * per_lane, (step + 1) * per_lane, dtype=np.int64), len(lanes)
+        )
+        return self.sample_at(epoch, lane, place)
+
+    def lanes_of(self, rank: int, world_size: int) -> range:
+        """The lanes that a rank owns. Raises UsageError when the world does not divide them."""
+        check_world_size(self.lanes, world_size)
+        per_rank = self.lanes // world_size
+        return range(rank * per_rank, (rank + 1) * per_rank)
+
+    def window_of(self, epoch: int, lane: int, place: int) -> Int64:
+        """All samples of the window that holds a lane's place, in the order they are served."""
+        size = self.window * self.chunk
+        start = place // size * size
+        places = np.arange(start, min(start + size, self.samples_per_lane), dtype=np.int64)
+        return self.sample_at(epoch, np.full_like(places, lane), places)
+
+    def sample_at(self, epoch: int, lane: Int64, place: Int64) -> Int64:
+        """The sample at `place` (0 … samples_per_lane - 1) of `lane`, elementwise."""
+        size = self.window * self.chunk
+        window, offset = np.divmod(place, size)
+        length = np.minimum(size, self.samples_per_lane - window * size)
+        key = _key(self.seed, epoch, _WINDOW, lane, window)
+        shuffled = window * size + _permute(offset, length, key)
+        return self._sample_at_position(epoch, lane * self.samples_per_lane + shuffled)
+
+    def _sample_at_position(self, epoch: int, position: Int64) -> Int64:
+        """Walk the sequence of permuted chunks, in which one chunk may be short."""
+        key = _key(self.seed, epoch, _CHUNKS)
+        last = self.num_chunks - 1
+        short = self.num_samples - last * self.chunk
+        short_slot = int(_unpermute(_ints(last), _ints(self.num_chunks), key)[0])
+        short_start = short_slot * self.chunk
+        after = position >= short_start + short
+        virtual: Int64 = np.where(after, position + (self.chunk - short), position)
+        slot, offset = np.divmod(virtual, self.chunk)
+        chunk = _permute(
+            slot, np.full_like(slot, self.num_chunks), np.broadcast_to(key, slot.shape)
+        )
+        return chunk * self.chunk + offset
+
+
+@dataclass(frozen=True)
+class OrderSizes:
+    """The constants of an order: resolved once, at first launch, and kept by the checkpoint."""
+
+    lanes: int
+    chunk: int
+    window: int
+
+
+def resolve_sizes(
+    *,
+    global_batch: int,
+    world_size: int,
+    mean_sample_bytes: float,
+    num_samples: int,
+    lanes: int = 0,
+    chunk: int = 0,
+    window: int = 0,
+    chunk_bytes: int = 6 << 20,
+) -> OrderSizes:
+    """Fill in the sizes left at 0.
+
+    lanes: the largest divisor of the global batch up to max(64, world) that the world size
+    divides. chunk: so many mean samples as make about `chunk_bytes`, but no more than leave every
+    lane eight chunks of a small data set. window: 4 chunks.
+    """
+    if not lanes:
+        lanes = _default_lanes(global_batch, world_size)
+    if not chunk:
+        fitting = max(1, round(chunk_bytes / max(1.0, mean_sample_bytes)))
+        chunk = max(1, min(fitting, num_samples // (8 * lanes)))
+    return OrderSizes(lanes=lanes, chunk=chunk, window=window or 4)
+
+
+def check_world_size(lanes: int, world_size: int) -> None:
+    """Raise UsageError when `lanes` cannot be dealt evenly to the ranks."""
+    if lanes % world_size:
+        fitting = [n for n in range(1, lanes + 1) if lanes % n == 0]
+        raise UsageError(
+            f"a world of {world_size} ranks does not divide the {lanes} lanes of the sample order; "
+            f"start {_either(fitting)} ranks, or a new run with loader.lanes set to a multiple "
+            f"of {world_size}"
+        )
+
+
+def _default_lanes(global_batch: int, world_size: int) -> int:
+    for lanes in range(min(global_batch, max(64, world_size)), 0, -1):
+        if global_batch % lanes == 0 and lanes % world_size == 0:
+            return lanes
+    raise UsageError(
+        f"the global batch of {global_batch} does not divide over {world_size} ranks; "
+        f"set loader.global_batch to a multiple of {world_size}"
+    )
+
+
+def _check_sizes(num_samples: int, global_batch: int, lanes: int, chunk: int, window: int) -> None:
+    for name, value in (
+        ("global_batch", global_batch),
+        ("lanes", lanes),
+        ("chunk", chunk),
+        ("window", window),
+    ):
+        if value < 1:
+            raise UsageError(f"loader.{name} is {value}; it must be at least 1")
+    if num_samples < global_batch:
+        raise UsageError(
+            f"the data set keeps {num_samples} samples, fewer than one global batch of "
+            f"{global_batch}; lower loader.global_batch or add images"
+        )
+    if global_batch % lanes:
+        raise UsageError(
+            f"loader.lanes={lanes} does not divide loader.global_batch={global_batch}; "
+            f"choose a divisor, or 0 to have it chosen"
+        )
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:-1])) + (" or " if numbers[1:] else "") + str(numbers[-1])
+
+
+def _ints(value: int) -> Int64:
+    return np.array([value], dtype=np.int64)
+
+
+def _mix(value: UInt64) -> UInt64:
+    """The finaliser of splitmix64 (Steele et al., 2014): every bit in reaches every bit out."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def _key(*parts: int | Int64) -> UInt64:
+    """Mix integers, elementwise, into 64-bit keys."""
+    key = np.zeros(1, dtype=np.uint64)
+    for part in parts:
+        word = np.asarray(part, dtype=np.int64).astype(np.uint64)
+        key = _mix(key + np.uint64(0x9E3779B97F4A7C15) + _mix(np.atleast_1d(word)))
+    return key
+
+
+def _permute(value: Int64, size: Int64, key: UInt64) -> Int64:
+    """Keyed permutation of 0 … size-1, elementwise in value, size and key."""
+    return _walk(value, size, key, range(_ROUNDS))
+
+
+def _unpermute(value: Int64, size: Int64, key: UInt64) -> Int64:
+    """The inverse of `_permute`."""
+    return _walk(value, size, key, range(_ROUNDS - 1, -1, -1))
+
+
+def _walk(value: Int64, size: Int64, key: UInt64, rounds: range) -> Int64:
+    """Apply the network until every value is below its size again (≤ 4 turns on average)."""
+    half = _half_bits(size)
+    out = _feistel(value.astype(np.uint64), half, key, rounds)
+    outside = np.flatnonzero(out >= size.astype(np.uint64))
+    while outside.size:
+        out[outside] = _feistel(out[outside], half[outside], key[outside], rounds)
+        outside = outside[out[outside] >= size[outside].astype(np.uint64)]
+    return out.astype(np.int64)
+
+
+def _half_bits(size: Int64) -> UInt64:
+    """Bits of one half of the smallest Feistel domain 2^(2 half) that holds `size` values."""
+    bits = np.ceil(np.log2(np.maximum(size, 2).astype(np.float64))).astype(np.uint64)
+    return (bits + np.uint64(1)) >> np.uint64(1)
+
+
+def _feistel(value: UInt64, half: UInt64, key: UInt64, rounds: range) -> UInt64:
+    """A balanced Feistel network; running its rounds backwards undoes it."""
+    mask: UInt64 = (np.uint64(1) << half) - np.uint64(1)
+    left: UInt64 = value >> half
+    right: UInt64 = value & mask
+    backwards = rounds.step < 0
+    for number in rounds:
+        salt = key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+        if backwards:
+            left, right = right ^ (_mix(left + salt) & mask), left
+        else:
+            left, right = right, left ^ (_mix(right + salt) & mask)
+    return (left << half) | right
