@@ -1,16 +1,17 @@
 """Samples by number: which bytes of which shard they are, read ahead in the order of need.
 
-Called by the loader. A piece is a run of consecutive samples: one ranged GET per shard it touches. Pieces are
-requested in the order in which their samples will be needed and as long as the bytes in flight and not yet
-consumed stay within a budget; every sample's CRC32C is checked before anybody decodes it.
+Called by the loader. A piece is a run of consecutive samples: one ranged GET per shard it touches.
+Pieces are requested in the order in which their samples will be needed and as long as the bytes in
+flight and not yet consumed stay within a budget; every sample's CRC32C is checked before anybody
+decodes it.
 
-Threads, not processes: the time goes into the store's client, which releases the GIL, and its client does not
-survive a fork. A sample or shard that cannot be read is no exception here but a `BadSample`: the loader
-decides what replaces it.
+Threads, not processes: the time goes into the store's client, which releases the GIL, and its
+client does not survive a fork. A sample or shard that cannot be read is no exception here but a
+`BadSample`: the loader decides what replaces it.
 """
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class RawSample:
 
     number: int
     key: str
+    shard: str
     data: bytes
     label: str | None
 
@@ -58,6 +60,14 @@ class Piece:
     needed: frozenset[int]
 
 
+class _Index:
+    """The kept rows of one shard, once somebody has loaded them."""
+
+    def __init__(self) -> None:
+        self.rows: pa.Table | None = None
+        self.lock = threading.Lock()
+
+
 class SampleReader:
     """Reads runs of samples of one snapshot.
 
@@ -70,7 +80,7 @@ class SampleReader:
         self._dataset = dataset
         self._snapshot = snapshot
         self._telemetry = telemetry
-        self._indexes: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._indexes: OrderedDict[int, _Index] = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, first: int, last: int) -> list[RawSample | BadSample]:
@@ -111,7 +121,7 @@ class SampleReader:
         ):
             data = body[offset - origin : offset - origin + length]
             if crc32c(data) == expected:
-                samples.append(RawSample(number + i, key, data, labels[i]))
+                samples.append(RawSample(number + i, key, url, data, labels[i]))
             else:
                 samples.append(BadSample(number + i, key, url, "checksum differs"))
         return samples
@@ -126,35 +136,31 @@ class SampleReader:
         return body, origin
 
     def _index(self, shard: int) -> pa.Table:
-        """The kept rows of a shard: one GET, then from memory; concurrent callers share the GET."""
+        """The kept rows of a shard: one GET, then from memory; concurrent callers wait for it."""
         with self._lock:
-            future = self._indexes.get(shard)
-            mine = future is None
-            if future is None:
-                future = self._indexes[shard] = Future()
-                if len(self._indexes) > _INDEXES_IN_MEMORY:
-                    self._indexes.popitem(last=False)
+            entry = self._indexes.setdefault(shard, _Index())
             self._indexes.move_to_end(shard)
-        if mine:
-            try:
-                future.set_result(self._load_index(shard))
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._indexes.pop(shard, None)
-        return future.result()
+            if len(self._indexes) > _INDEXES_IN_MEMORY:
+                self._indexes.popitem(last=False)
+        with entry.lock:
+            if entry.rows is None:
+                entry.rows = self._load_index(shard)
+            return entry.rows
 
     def _load_index(self, shard: int) -> pa.Table:
         store, key = resolve(self._dataset, self._snapshot.index[shard])
         body = store.get(key)
         self._telemetry.add(fetch_requests=1, fetch_bytes=len(body))
-        table = read_index(body, where=f"{store.url}/{key}", sha256=self._snapshot.index_sha256[shard])
+        table = read_index(
+            body, where=f"{store.url}/{key}", sha256=self._snapshot.index_sha256[shard]
+        )
         mask = self._read_mask(shard)
         rows = kept_rows(table, mask)
-        if len(rows) != self._snapshot.kept[shard]:
+        expected = int(np.diff(self._snapshot.first_row[shard : shard + 2])[0])
+        if len(rows) != expected:
             raise DataError(
-                f"{store.url}/{key} keeps {len(rows)} rows where the snapshot says "
-                f"{self._snapshot.kept[shard]}; run `python -m shard_tools verify`"
+                f"{store.url}/{key} keeps {len(rows)} rows where the snapshot says {expected}; "
+                f"run `python -m shard_tools verify`"
             )
         return rows
 
@@ -171,7 +177,8 @@ class Prefetcher:
 
     Args:
         pieces: in the order of need; consumed lazily.
-        budget_bytes: of samples requested or held and not yet taken. A sample that is waited for is fetched
+        budget_bytes: of samples requested or held and not yet taken. A sample that is waited for
+        is fetched
             whatever the budget says, so a small budget slows a run down but never stops it.
         sample_bytes: mean size of a sample, the estimate until a piece has arrived.
     """
@@ -232,7 +239,9 @@ class Prefetcher:
             self._waiting[piece.epoch, number] = future
 
     def _fetch(self, piece: Piece, estimate: float) -> None:
-        samples = [s for s in self._reader.read(piece.first, piece.last) if s.number in piece.needed]
+        samples = [
+            s for s in self._reader.read(piece.first, piece.last) if s.number in piece.needed
+        ]
         held = sum(len(s.data) for s in samples if isinstance(s, RawSample))
         with self._lock:
             self._held_bytes += held - estimate
@@ -253,8 +262,5 @@ def split_into_pieces(epoch: int, samples: Sequence[int], chunk: int) -> list[Pi
 
 def pieces_in_order(windows: Iterator[tuple[int, Sequence[int]]], chunk: int) -> Iterator[Piece]:
     """The pieces of (epoch, samples of a window) after one another."""
-    pending: deque[Piece] = deque()
     for epoch, samples in windows:
-        pending.extend(split_into_pieces(epoch, samples, chunk))
-        while pending:
-            yield pending.popleft()
+        yield from split_into_pieces(epoch, samples, chunk)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
+from pipeline.randomness import mix64
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
@@ -203,20 +204,9 @@ def _ints(value: int) -> Int64:
     return np.array([value], dtype=np.int64)
 
 
-def _mix(value: UInt64) -> UInt64:
-    """The finaliser of splitmix64 (Steele et al., 2014): every bit in reaches every bit out."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 def _key(*parts: int | Int64) -> UInt64:
-    """Mix integers, elementwise, into 64-bit keys."""
-    key = np.zeros(1, dtype=np.uint64)
-    for part in parts:
-        word = np.asarray(part, dtype=np.int64).astype(np.uint64)
-        key = _mix(key + np.uint64(0x9E3779B97F4A7C15) + _mix(np.atleast_1d(word)))
-    return key
+    """A 64-bit key for each element of the parts."""
+    return np.atleast_1d(mix64(*parts))
 
 
 def _permute(value: Int64, size: Int64, key: UInt64) -> Int64:
@@ -255,7 +245,7 @@ def _feistel(value: UInt64, half: UInt64, key: UInt64, rounds: range) -> UInt64:
     for number in rounds:
         salt = key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
         if backwards:
-            left, right = right ^ (_mix(left + salt) & mask), left
+            left, right = right ^ (mix64(left + salt) & mask), left
         else:
-            left, right = right, left ^ (_mix(right + salt) & mask)
+            left, right = right, left ^ (mix64(right + salt) & mask)
     return (left << half) | right

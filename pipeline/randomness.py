@@ -1,9 +1,10 @@
 """Counter-based random numbers: a value is a function of its coordinates and of nothing else.
 
-A generator with state ties a draw to the draws before it, hence to the worker that made them. Here every draw
-is the hash of where it is used, `(seed, epoch, sample, crop, …)`, so any process can compute it at any time,
-thousands at once. The hash is the finaliser of SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom
-Number Generators, OOPSLA 2014), chained over the coordinates. Used by order, crops and augment.
+A generator with state ties a draw to the draws before it, hence to the worker that made them. Here
+every draw is the hash of where it is used, `(seed, epoch, sample, crop, …)`, so any process can
+compute it at any time, thousands at once. The hash is the finaliser of SplitMix64 (Steele, Lea,
+Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014), chained over the coordinates.
+Used by order, crops and augment.
 """
 
 import operator
@@ -23,9 +24,10 @@ _MASK = 2**64 - 1
 def mix64(*parts: ArrayLike) -> NDArray[np.uint64]:
     """Hash integers, elementwise over their broadcast shape.
 
-    `parts` are integers or integer arrays, negative ones modulo 2**64; their order matters. Put a constant of
-    your own among them, so that two users of the same coordinates draw independently.
-    Returns uint64 of the broadcast shape (0-d for scalars). Raises TypeError on anything but integers.
+    `parts` are integers or integer arrays, negative ones modulo 2**64; their order matters. Put a
+    constant of your own among them, so that two users of the same coordinates draw independently.
+    Returns uint64 of the broadcast shape (0-d for scalars). Raises TypeError on anything but
+    integers.
     """
     with np.errstate(over="ignore"):  # numpy warns of wrapping scalars, which is what we want
         return np.asarray(reduce(_absorb, map(_as_uint64, parts), np.uint64(0)))

@@ -1,7 +1,8 @@
 """The swapped prediction loss: every crop predicts the codes of the assigned crops.
 
-SwAV (Caron et al. 2020), equations 1, 2 and 6: cross-entropy between the code of one crop and the softmax of
-the scores of another view of the same image, averaged over all (assigned crop, other crop) pairs.
+SwAV (Caron et al. 2020), equations 1, 2 and 6: cross-entropy between the code of one crop and the
+softmax of the scores of another view of the same image, averaged over all (assigned crop, other
+crop) pairs.
 
 Shapes: V crops an image, B images, K prototypes, A assigned crops.
 """
@@ -50,7 +51,7 @@ def swav_loss(
     _check(scores, codes, num_crops, crops_for_assign)
     with torch.autocast(scores.device.type, enabled=False):
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        scores_VBK = scores.to(dtype).unflatten(0, (num_crops, -1))
+        scores_VBK = scores.to(dtype).reshape(num_crops, -1, scores.shape[1])
         log_probs_VBK = torch.log_softmax(scores_VBK / temperature, dim=-1)
         all_crops_BK = log_probs_VBK.sum(dim=0)
         # Cross-entropy is linear in log p: sum the other crops first, then meet the code once.

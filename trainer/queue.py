@@ -1,13 +1,15 @@
 """The feature queue: features of past batches that join Sinkhorn when a batch has too few samples.
 
-SwAV (Caron et al. 2020), section 4.1 "small batches": with 256 samples and 3000 prototypes an equal partition
-means little, so some 15 past batches are scored with the current prototypes and balanced together with the
-batch; their codes are thrown away. Every rank keeps the features of its own samples.
+SwAV (Caron et al. 2020), section 4.1 "small batches": with 256 samples and 3000 prototypes an equal
+partition means little, so some 15 past batches are scored with the current prototypes and balanced
+together with the batch; their codes are thrown away. Every rank keeps the features of its own
+samples.
 
-As in the reference the queue takes part only once it is completely filled. The reference finds that out by
-looking at the last row, which waits for the device; here the host counts the pushes.
+As in the reference the queue takes part only once it is completely filled. The reference finds that
+out by looking at the last row, which waits for the device; here the host counts the pushes.
 
-Shapes: A assigned crops, B samples of this rank a step, L the length over all ranks, D feature dimension.
+Shapes: A assigned crops, B samples of this rank a step, L the length over all ranks, D feature
+    dimension.
 """
 
 from dataclasses import dataclass
@@ -30,11 +32,13 @@ class QueueConfig:
 class FeatureQueue:
     """First in, first out, newest first.
 
-    `length` counts samples over all ranks and is truncated to a multiple of `batch_size * world_size`
-    (`batch_size` per rank). Truncated to 0 the queue is absent: it is never full, and pushing does nothing.
+    `length` counts samples over all ranks and is truncated to a multiple of `batch_size *
+    world_size` (`batch_size` per rank). Truncated to 0 the queue is absent: it is never full, and
+    pushing does nothing.
 
     Attributes:
-        features: [A, L / world_size, D] of this rank, zeros where nothing was pushed yet; without gradient.
+        features: [A, L / world_size, D] of this rank, zeros where nothing was pushed yet; without
+            gradient.
         num_pushes: batches pushed since the beginning.
     """
 

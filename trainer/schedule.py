@@ -1,7 +1,8 @@
 """The learning rate of a step: linear warm-up, then half a cosine.
 
-As in the reference (facebookresearch/swav, main_swav.py), step by step: the warm-up includes both its ends, so
-base_lr occurs twice (last step of the warm-up, first of the cosine), and final_lr is approached, never reached.
+As in the reference (facebookresearch/swav, main_swav.py), step by step: the warm-up includes both
+its ends, so base_lr occurs twice (last step of the warm-up, first of the cosine), and final_lr is
+approached, never reached.
 """
 
 import math
@@ -20,7 +21,9 @@ class ScheduleConfig:
     start_lr: Annotated[float, Ge(0)] = 0.3  # of the warm-up's first step
     warmup_epochs: Annotated[int, Ge(0)] = 10
     warmup_steps: Annotated[int, Ge(-1)] = -1  # -1: warmup_epochs' worth
-    freeze_prototypes_steps: Annotated[int, Ge(0)] = 313  # the first steps leave the prototypes alone
+    freeze_prototypes_steps: Annotated[int, Ge(0)] = (
+        313  # the first steps leave the prototypes alone
+    )
 
 
 def warmup_cosine(

@@ -1,12 +1,16 @@
 """Sinkhorn-Knopp: turn the scores of a batch into codes that use all prototypes equally.
 
-SwAV (Caron et al. 2020, section 3.1 and appendix A) projects exp(scores / epsilon) on the transportation
-polytope: every prototype gets the same mass, every sample the mass one. Called once per assigned crop by the
+SwAV (Caron et al. 2020, section 3.1 and appendix A) projects exp(scores / epsilon) on the
+transportation
+polytope: every prototype gets the same mass, every sample the mass one. Called once per assigned
+    crop by the
 training step.
 
-Where we differ from the reference: everything happens on logarithms. exp(score / epsilon) leaves float32 for
-epsilon below about 0.011 with cosine scores, and a prototype that no sample likes sums to zero, 0 / 0; neither
-can happen here, and no value is ever looked at by the host.
+Where we differ from the reference: everything happens on logarithms, in float64. exp(score / epsilon)
+leaves float32 for epsilon below about 0.011 with cosine scores, and a prototype that no sample likes
+sums to zero, 0 / 0; neither can happen here, and no value is ever looked at by the host. Logarithms
+of some hundreds would cost float32 two of its seven digits; a batch's scores are so few that float64
+costs nothing.
 
 Shapes: B samples of this rank, K prototypes.
 """
@@ -40,24 +44,23 @@ def sinkhorn(
     """Codes of this rank's samples, [B, K], balanced over the samples of all ranks of `group`.
 
     Args:
-        scores_BK: feature · prototype, not divided by epsilon. Half precision is computed in float32;
-            float64 stays float64. Every rank brings the same B.
+        scores_BK: feature · prototype, not divided by epsilon; every rank brings the same B. Codes
+            have their dtype, but at least float32.
         epsilon: entropy weight, > 0.
-        num_iterations: each makes prototypes equal, then samples sum to one. With 0 only the grand total is
-            normalised (to the number of samples of all ranks), so rows do not sum to one.
+        num_iterations: each makes prototypes equal, then samples sum to one. With 0 only the grand
+            total is normalised (to the number of samples of all ranks), so rows do not sum to one.
         group: ranks whose samples are balanced together; None is this process alone.
 
     Two all_reduce of K numbers an iteration; no host synchronisation; no gradient.
     """
     with torch.autocast(scores_BK.device.type, enabled=False):
-        dtype = torch.promote_types(scores_BK.dtype, torch.float32)
-        log_codes_BK = scores_BK.to(dtype) / epsilon
+        log_codes_BK = scores_BK.double() / epsilon
         if num_iterations == 0:
             _normalize_total(log_codes_BK, group)
         for _ in range(num_iterations):
             log_codes_BK -= _logsumexp_over_ranks(log_codes_BK.logsumexp(dim=0), group)
             log_codes_BK -= log_codes_BK.logsumexp(dim=1, keepdim=True)
-        return log_codes_BK.exp_()
+        return log_codes_BK.exp_().to(torch.promote_types(scores_BK.dtype, torch.float32))
 
 
 def _normalize_total(log_codes_BK: Tensor, group: dist.ProcessGroup | None) -> None:
@@ -67,7 +70,7 @@ def _normalize_total(log_codes_BK: Tensor, group: dist.ProcessGroup | None) -> N
 
 
 def _logsumexp_over_ranks(partial: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """log Σ_ranks exp(partial), elementwise; taken relative to the largest rank, so that it cannot overflow."""
+    """log Σ_ranks exp(partial), elementwise; relative to the largest, so that nothing overflows."""
     if group is None or dist.get_world_size(group) == 1:
         return partial
     largest = partial.clone()

@@ -1,10 +1,10 @@
 """Several hundred distinct pictures of many sizes and kinds, without downloading a data set.
 
-They are cut from the photographs that ship inside the wheels of scikit-image and scikit-learn. A picture's
-sub-folder names the photograph it comes from, which is its label for kNN. Every cut has its own size, aspect,
-exposure and white balance, so that a trunk which knows colour alone cannot tell all photographs apart. Among
-them lie the odd ones that a crawl brings: grey, palette, alpha, turned by EXIF, WebP, one cut short, one that is
-no image at all.
+They are cut from the photographs that ship inside the wheels of scikit-image and scikit-learn. A
+picture's sub-folder names the photograph it comes from, which is its label for kNN. Every cut has
+its own size, aspect, exposure and white balance, so that colour alone does not tell the photographs
+apart. Among them lie the odd ones that a crawl brings: grey, palette, alpha, turned by EXIF, WebP,
+one cut short, one that is no image at all.
 
 The same arguments give the same bytes (for one version of Pillow and libjpeg).
 """
@@ -37,7 +37,7 @@ PHOTOGRAPHS = {
 
 MIN_SIDE_PX, MAX_SIDE_PX = 96, 900
 MIN_CONTRAST = 14.0
-"""Standard deviation of a cut's grey levels (0-255) below which it shows nothing: sky, a black margin."""
+"""Standard deviation of the grey levels (0-255) below which a cut shows nothing, like clear sky."""
 ODD_EVERY = 40
 """Of so many pictures each odd kind gets one."""
 
@@ -45,15 +45,13 @@ _EXIF_ORIENTATION = 0x0112
 
 
 def write_pictures(folder: Path, count: int = 600, *, seed: int = 0) -> int:
-    """Fill `folder` with `count` readable pictures and two broken files, unless it is there already.
+    """Fill `folder` with `count` readable pictures and two broken files, unless it exists.
 
-    The folder appears whole or not at all: it is written beside its place and renamed. Returns the number of
-    files in it. Raises ValueError for fewer pictures than photographs.
+    The folder appears whole or not at all: it is written beside its place and renamed. Returns the
+    number of files in it. Raises ValueError for fewer pictures than photographs.
     """
     if count < len(PHOTOGRAPHS):
-        raise ValueError(
-            f"count={count}: at least one picture for each of {len(PHOTOGRAPHS)} photographs"
-        )
+        raise ValueError(f"count={count}: {len(PHOTOGRAPHS)} photographs need at least one each")
     if not folder.is_dir():
         unfinished = folder.with_name(folder.name + ".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -78,24 +76,22 @@ def _write_all(folder: Path, count: int, seed: int) -> None:
 
 def _open(distribution: str, path: str) -> Image.Image:
     """A photograph of an installed wheel, found without importing the package."""
-    return Image.open(str(importlib.metadata.distribution(distribution).locate_file(path))).convert(
-        "RGB"
-    )
+    place = importlib.metadata.distribution(distribution).locate_file(path)
+    return Image.open(str(place)).convert("RGB")
 
 
 def _cut(photograph: Image.Image, random: np.random.Generator) -> Image.Image:
     """A random rectangle that shows something, at a random size."""
     while True:
-        box = _draw_box(photograph.size, random)
-        cut = photograph.crop(box)
+        left, top, right, bottom = _draw_box(photograph.size, random)
+        cut = photograph.crop((left, top, right, bottom))
         if np.asarray(cut.convert("L")).std() >= MIN_CONTRAST:
-            return cut.resize(
-                _draw_size(box[2] - box[0], box[3] - box[1], random), Image.Resampling.BICUBIC
-            )
+            size = _draw_size(right - left, bottom - top, random)
+            return cut.resize(size, Image.Resampling.BICUBIC)
 
 
 def _draw_box(size: tuple[int, int], random: np.random.Generator) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of a tenth to a half of the area, of aspect 1/2 to 2, inside `size`."""
+    """(left, top, right, bottom): a tenth to a half of the area, aspect 1/2 to 2."""
     width, height = size
     area = random.uniform(0.1, 0.5) * width * height
     aspect = np.exp(random.uniform(-np.log(2), np.log(2)))
@@ -106,36 +102,34 @@ def _draw_box(size: tuple[int, int], random: np.random.Generator) -> tuple[int, 
 
 
 def _draw_size(width: int, height: int, random: np.random.Generator) -> tuple[int, int]:
-    """Mostly 200-400 px on the long side, now and then a thumbnail or something large; the aspect is kept."""
-    low, high = ((200, 400), (MIN_SIDE_PX, 200), (400, MAX_SIDE_PX))[
-        random.choice(3, p=(0.8, 0.1, 0.1))
-    ]
-    scale = random.uniform(low, high) / max(width, height)
-    scale = max(scale, MIN_SIDE_PX / min(width, height))
-    return tuple(
-        min(MAX_SIDE_PX, max(MIN_SIDE_PX, round(side * scale))) for side in (width, height)
-    )  # type: ignore[return-value]
+    """Mostly 200-400 px on the long side, now and then a thumbnail or something large."""
+    ranges = ((200, 400), (MIN_SIDE_PX, 200), (400, MAX_SIDE_PX))
+    long_side = random.uniform(*ranges[random.choice(3, p=(0.8, 0.1, 0.1))])
+    scale = max(long_side / max(width, height), MIN_SIDE_PX / min(width, height))
+    return _clip_side(width * scale), _clip_side(height * scale)
+
+
+def _clip_side(side: float) -> int:
+    return min(MAX_SIDE_PX, max(MIN_SIDE_PX, round(side)))
 
 
 def _relight(picture: Image.Image, random: np.random.Generator) -> Image.Image:
     """Another exposure and white balance, and half of the time mirrored."""
-    gains = random.uniform(0.75, 1.25, size=3)
+    gains = random.uniform(0.75, 1.25, size=(3, 1))
     gamma = np.exp(random.uniform(-0.5, 0.5))
-    levels = np.arange(256) / 255
-    table = [
-        np.clip(gain * levels**gamma * 255, 0, 255).round().astype(int).tolist() for gain in gains
-    ]
-    lit = picture.point(sum(table, []))
+    levels = np.linspace(0, 1, 256) ** gamma
+    lit = picture.point(np.clip(255 * gains * levels, 0, 255).round().astype(int).ravel().tolist())
     return lit.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else lit
 
 
 def _encode(picture: Image.Image, number: int, random: np.random.Generator) -> tuple[bytes, str]:
-    """The picture as a file: an odd kind when its turn has come, otherwise a JPEG of quality 60-95."""
+    """The picture as a file: an odd kind when its turn has come, else a JPEG of quality 60-95."""
     quality = int(random.integers(60, 96))
-    odd_kind = _ODD_KINDS.get(number % ODD_EVERY)
-    return (
-        odd_kind(picture, quality) if odd_kind else (_save(picture, "JPEG", quality=quality), "jpg")
-    )
+    return _ODD_KINDS.get(number % ODD_EVERY, _jpeg)(picture, quality)
+
+
+def _jpeg(picture: Image.Image, quality: int) -> tuple[bytes, str]:
+    return _save(picture, "JPEG", quality=quality), "jpg"
 
 
 def _grey(picture: Image.Image, quality: int) -> tuple[bytes, str]:
@@ -179,9 +173,8 @@ _ODD_KINDS: dict[int, Callable[[Image.Image, int], tuple[bytes, str]]] = {
 def _write_broken(folder: Path, picture: Image.Image) -> None:
     body = _save(picture, "JPEG", quality=90)
     (folder / "coffee" / "truncated.jpg").write_bytes(body[: len(body) * 2 // 5])
-    (folder / "astronaut" / "not_an_image.jpg").write_bytes(
-        b"<html><body>404 Not Found</body></html>\n"
-    )
+    page = b"<html><body>404 Not Found</body></html>\n"
+    (folder / "astronaut" / "not_an_image.jpg").write_bytes(page)
 
 
 def _save(picture: Image.Image, kind: str, **options: object) -> bytes:

@@ -56,13 +56,14 @@ def test_odd_kinds_are_among_them(pictures: Path) -> None:
     for path in _readable(pictures):
         with Image.open(path) as image:
             kinds.add((image.format, image.mode, image.getexif().get(0x0112)))
-    expected = {
+    assert kinds >= {
         ("JPEG", "RGB", None),
         ("JPEG", "L", None),
         ("JPEG", "RGB", 6),
+        ("PNG", "P", None),
+        ("PNG", "RGBA", None),
         ("WEBP", "RGB", None),
     }
-    assert expected | {("PNG", "P", None), ("PNG", "RGBA", None)} <= kinds
 
 
 def test_two_files_are_broken(pictures: Path) -> None:

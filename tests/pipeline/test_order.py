@@ -107,7 +107,7 @@ def test_the_order_is_a_uniform_looking_permutation():
 def test_it_is_a_function_of_its_arguments_only():
     """Frozen values: changing these is a change of SAMPLE ORDER, for the change log."""
     order = SampleOrder(1000, global_batch=8, lanes=4, chunk=7, window=3, seed=5)
-    assert order.batch(2, 3).tolist() == [669, 579, 630, 332, 599, 600, 119, 433]
+    assert order.batch(2, 3).tolist() == [988, 989, 695, 693, 901, 499, 596, 662]
 
 
 def test_ten_billion_samples_cost_what_ten_cost():

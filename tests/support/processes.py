@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call `function(*args)` on `world_size` ranks and return what each returned, by rank.
 
-    `function` is a module-level function; inside it `torch.distributed.group.WORLD` is a gloo group.
-    Arguments and results are pickled. A rank's exception is raised here, with its traceback. Starting
-    the processes takes a few seconds, so let one launch work through many cases.
+    `function` is a module-level function; inside it `torch.distributed.group.WORLD` is a gloo
+    group. Arguments and results are pickled. A rank's exception is raised here, with its traceback.
+    Starting the processes takes a few seconds, so let one launch work through many cases.
     """
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(

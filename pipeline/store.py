@@ -1,0 +1,565 @@
+"""One object store: a prefix on S3 (or what speaks it) or a local directory, same promises.
+
+Everything that is committed goes through here: whole objects appear or do not (`Store.writer`), and
+one of many contenders wins (`Store.put_if_absent`). The hot paths run on obstore, a third of the
+CPU time of s3fs; arbitrary fsspec sources (`list_files`, `read_file`) run on fsspec and s3fs. No
+other module knows either, nor S3 itself.
+
+S3 is configured only by the standard AWS environment variables and files, read by botocore for both
+libraries: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_PROFILE,
+AWS_ENDPOINT_URL[_S3], AWS_REGION or AWS_DEFAULT_REGION, ~/.aws/*.
+
+An opened store must not be used in a forked child (obstore's runtime does not survive a fork):
+start workers by spawn or forkserver. Stores pickle by their URL.
+"""
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import fsspec
+import obstore
+from obstore import exceptions as obstore_errors
+from obstore.store import LocalStore, S3Store
+
+from pipeline.errors import (
+    AccessDeniedError,
+    CropstreamError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config  # not importable at run time
+
+PART_BYTES = 8 * 2**20  # S3 takes at most 10,000 parts: objects up to 80 GB
+PARTS_IN_FLIGHT = 4
+SHORT_BODY_ATTEMPTS = 3
+
+# Finite, so that a wrong endpoint ends in a message within seconds and a stalled read is tried
+# again.
+_CONNECT_TIMEOUT_S = 3
+_READ_TIMEOUT_S = 20
+_REQUEST_TIMEOUT_S = 120
+_MAX_RETRIES = 4
+
+# obstore asks again this long before a credential expires; botocore itself renews 15 minutes ahead.
+_CREDENTIAL_LIFE = timedelta(minutes=10)
+
+_ACCESS_ADVICE = (
+    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE and ~/.aws/credentials), "
+    "and that they may list, read and write there"
+)
+_NETWORK_ADVICE = "check the network, AWS_ENDPOINT_URL and AWS_REGION, then run the command again"
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """What a store says about an object.
+
+    `tag` is the S3 ETag; a file has none that would survive a copy.
+    """
+
+    key: str
+    size_bytes: int
+    tag: str | None
+    modified: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source: URL, path below the source, size, a word that changes with it."""
+
+    url: str
+    path: str
+    size_bytes: int
+    tag: str
+
+
+class Store:
+    """A prefix on an object store; keys are relative to it. Safe to share between threads."""
+
+    def __init__(self, url: str, backend: S3Store | LocalStore, prefix: str) -> None:
+        self.url = url
+        self._backend = backend
+        self._prefix = f"{prefix}/" if prefix else ""
+
+    def __repr__(self) -> str:
+        return f"Store({self.url!r})"
+
+    def __reduce__(self) -> tuple[Callable[[str], "Store"], tuple[str]]:
+        return open_store, (self.url,)
+
+    def url_of(self, key: str) -> str:
+        """The absolute URL of an object."""
+        return f"{self.url.rstrip('/')}/{key}"
+
+    def head(self, key: str) -> ObjectInfo | None:
+        """What the store knows of an object, or None if there is none."""
+        try:
+            with self._translated("look up", key):
+                return self._info(obstore.head(self._backend, self._path(key)))
+        except ObjectMissingError:
+            return None
+
+    def get(self, key: str) -> bytes:
+        """A whole object. Raises ObjectMissingError."""
+        with self._translated("read", key):
+            return bytes(obstore.get(self._backend, self._path(key)).bytes())
+
+    def get_range(
+        self, key: str, start_bytes: int, length_bytes: int, *, tag: str | None = None
+    ) -> bytes:
+        """Exactly `length_bytes` bytes from `start_bytes` on.
+
+        With `tag`, raises ObjectChangedError unless the object still has it. A shorter body is
+        asked for again and then raises StoreError: the object is shorter than the caller believes.
+        """
+        if length_bytes == 0:
+            return b""
+        for _ in range(SHORT_BODY_ATTEMPTS):
+            body = self._get_range_once(key, start_bytes, length_bytes, tag)
+            if len(body) == length_bytes:
+                return body
+        raise StoreError(
+            f"cannot read {self.url_of(key)}: asked for {length_bytes} bytes at {start_bytes}, "
+            f"got {len(body)}; the object was cut or replaced: run `python -m shard_tools verify`"
+        )
+
+    def put_if_absent(self, key: str, body: bytes) -> bool:
+        """Write a small object by one conditional PUT; False if there is an object already.
+
+        The request is repeated if its answer is lost, so False may also mean that our own first try
+        came through: who needs to know reads the object back and compares (see
+        pipeline.manifest.commit).
+        """
+        try:
+            with self._translated("write", key):
+                obstore.put(
+                    self._backend, self._path(key), bytes(body), mode="create", use_multipart=False
+                )
+        except _AlreadyExistsError:
+            return False
+        return True
+
+    def writer(self, key: str) -> "ObjectWriter":
+        """A context that streams an object: it appears, whole, on a clean exit, else not at all."""
+        return ObjectWriter(self, key)
+
+    def reader(self, key: str, size_bytes: int, *, tag: str | None = None) -> "ObjectReader":
+        """A forward reader of an object whose size is known; checks `tag` as `get_range` does."""
+        return ObjectReader(self, key, size_bytes, tag)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """All objects below the folder `prefix`, streamed page by page, in no order to rely on."""
+        folder = (self._prefix + prefix).strip("/")
+        with self._translated("list", prefix):
+            for page in obstore.list(self._backend, folder or None):
+                for meta in page:
+                    yield self._info(meta)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; none there is no error."""
+        with contextlib.suppress(ObjectMissingError), self._translated("delete", key):
+            obstore.delete(self._backend, self._path(key))
+
+    def _path(self, key: str) -> str:
+        return self._prefix + key
+
+    def _info(self, meta: Mapping[str, Any]) -> ObjectInfo:
+        # A local ETag is inode, time and size: recorded in a manifest it would forbid copying the
+        # directory.
+        tag = meta["e_tag"] if isinstance(self._backend, S3Store) else None
+        key = str(meta["path"]).removeprefix(self._prefix)
+        return ObjectInfo(key, int(meta["size"]), tag, meta["last_modified"])
+
+    def _get_range_once(
+        self, key: str, start_bytes: int, length_bytes: int, tag: str | None
+    ) -> bytes:
+        options: dict[str, Any] = {"range": (start_bytes, start_bytes + length_bytes)}
+        if tag is not None:
+            options["if_match"] = tag
+        with self._translated("read", key):
+            result = obstore.get(self._backend, self._path(key), options=options)  # type: ignore[arg-type]
+            return bytes(result.bytes())
+
+    @contextlib.contextmanager
+    def _translated(self, verb: str, key: str) -> Iterator[None]:
+        """Turn what obstore raises into our errors, naming the object."""
+        try:
+            yield
+        except (obstore_errors.BaseError, OSError, ValueError) as error:
+            raise _translate(error, f"cannot {verb} {self.url_of(key)}") from None
+
+
+class ObjectWriter:
+    """Streams one object. See `Store.writer`.
+
+    Large objects go up as an explicit multipart upload that is aborted on any exception; a process
+    that dies leaves an upload that never becomes an object. `info` is set after a clean exit, its
+    size checked by HEAD.
+    """
+
+    info: ObjectInfo
+
+    def __init__(self, store: Store, key: str) -> None:
+        self._store = store
+        self._key = key
+        self._size_bytes = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """The number of bytes written so far."""
+        return self._size_bytes
+
+    def __enter__(self) -> Self:
+        with self._translated():
+            self._file = obstore.open_writer(
+                self._store._backend,
+                self._store._path(self._key),
+                buffer_size=PART_BYTES,
+                max_concurrency=PARTS_IN_FLIGHT,
+            )
+            self._file.__enter__()
+        return self
+
+    def write(self, data: bytes) -> None:
+        """Append bytes. They are not copied: never pass a buffer that will change."""
+        with self._translated():
+            self._file.write(data)
+        self._size_bytes += len(data)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            with contextlib.suppress(CropstreamError), self._translated():
+                self._file.__exit__(kind, error, traceback)
+            return
+        with self._translated():
+            self._file.__exit__(None, None, None)
+        self.info = self._verified()
+
+    def _verified(self) -> ObjectInfo:
+        info = self._store.head(self._key)
+        seen = info.size_bytes if info else None
+        if info is None or seen != self._size_bytes:
+            raise StoreError(
+                f"cannot write {self._store.url_of(self._key)}: the store reports {seen} bytes "
+                f"of {self._size_bytes} written; {_NETWORK_ADVICE}"
+            )
+        return info
+
+    def _translated(self) -> contextlib.AbstractContextManager[None]:
+        return self._store._translated("write", self._key)
+
+
+class ObjectReader:
+    """Reads an object from start to end by ranged GETs of `PART_BYTES`. See `Store.reader`."""
+
+    def __init__(self, store: Store, key: str, size_bytes: int, tag: str | None) -> None:
+        self._store, self._key, self._size_bytes, self._tag = store, key, size_bytes, tag
+        self._position = 0  # of the next range
+        self._rest = memoryview(b"")
+
+    def read(self, length_bytes: int) -> bytes:
+        """The next bytes, fewer only at the end. Raises ObjectChangedError, StoreError."""
+        pieces = [self._take(length_bytes)]
+        missing = length_bytes - len(pieces[0])
+        while missing and self._position < self._size_bytes:
+            self._fetch()
+            pieces.append(self._take(missing))
+            missing -= len(pieces[-1])
+        return b"".join(pieces)
+
+    def _take(self, length_bytes: int) -> memoryview:
+        taken, self._rest = self._rest[:length_bytes], self._rest[length_bytes:]
+        return taken
+
+    def _fetch(self) -> None:
+        length = min(PART_BYTES, self._size_bytes - self._position)
+        body = self._store.get_range(self._key, self._position, length, tag=self._tag)
+        self._rest = memoryview(body)
+        self._position += length
+
+
+def open_store(url: str | os.PathLike[str]) -> Store:
+    """Open "s3://bucket/prefix", "file:///directory" or a local path; nothing is asked or created.
+
+    Raises UsageError on any other URL and AccessDeniedError if there are no AWS credentials.
+    """
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return _open_directory(Path(text).absolute())
+    if scheme == "file" and rest.startswith("/"):
+        return _open_directory(Path(rest))
+    if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
+        bucket, _, prefix = rest.strip("/").partition("/")
+        return Store(f"s3://{bucket}/{prefix}".rstrip("/"), _open_bucket(bucket), prefix)
+    raise UsageError(
+        f"{text!r} is no store: expected s3://bucket/prefix, file:///directory or a local path"
+    )
+
+
+def resolve(base: Store, key_or_url: str) -> tuple[Store, str]:
+    """The store and key of a manifest's entry: a key below `base`, or an absolute URL."""
+    if "://" not in key_or_url:
+        return base, key_or_url
+    folder, _, name = key_or_url.rpartition("/")
+    return _open_cached(folder), name
+
+
+def list_files(url: str) -> Iterator[SourceFile]:
+    """Every file below any fsspec URL, streamed, in no order to rely on.
+
+    Raises ObjectMissingError if there is nothing under the URL; an S3 prefix without objects yields
+    nothing.
+    """
+    with _source_errors("list", url):
+        filesystem, root = fsspec.core.url_to_fs(url, **_source_options(url))
+        if "s3" in _protocols(filesystem):
+            yield from _list_s3(filesystem, root)
+        elif "file" in _protocols(filesystem):
+            yield from _list_directory(Path(root), "", frozenset())
+        else:
+            yield from _walk(filesystem, root)
+
+
+def read_file(url: str) -> bytes:
+    """The bytes of one file under any fsspec URL. Raises StoreError and its kinds."""
+    with _source_errors("read", url):
+        filesystem, path = fsspec.core.url_to_fs(url, **_source_options(url))
+        return bytes(filesystem.cat_file(path))
+
+
+# ----------------------------------------------------------------------------------------
+# opening
+
+
+_open_cached = functools.lru_cache(maxsize=64)(open_store)
+
+
+def _open_directory(path: Path) -> Store:
+    # Rooted at "/" so that opening (to read, with a typing error perhaps) never creates the
+    # directory.
+    text = os.path.normpath(path)
+    return Store(f"file://{text}", LocalStore(), text.strip("/"))
+
+
+def _open_bucket(bucket: str) -> S3Store:
+    settings = _aws_settings()
+    endpoint: S3Config = {"endpoint": settings.endpoint} if settings.endpoint else {}
+    return S3Store(
+        bucket,
+        config=endpoint,
+        region=settings.region,
+        credential_provider=settings.credentials,
+        client_options={
+            "allow_http": (settings.endpoint or "").startswith("http://"),
+            "connect_timeout": timedelta(seconds=_CONNECT_TIMEOUT_S),
+            "read_timeout": timedelta(seconds=_READ_TIMEOUT_S),
+            "timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
+        },
+        retry_config={
+            "max_retries": _MAX_RETRIES,
+            "retry_timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
+            "backoff": {
+                "base": 2,
+                "init_backoff": timedelta(milliseconds=100),
+                "max_backoff": timedelta(seconds=5),
+            },
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _AwsSettings:
+    endpoint: str | None  # None: Amazon's own
+    region: str
+    credentials: Callable[[], Any]
+
+
+def _aws_settings() -> _AwsSettings:
+    """What the AWS environment and files say. Raises AccessDeniedError without credentials."""
+    # Imported here: a quarter of a second that a run on local files need not pay.
+    from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import BotoCoreError
+    from botocore.session import Session
+
+    try:
+        session = Session()
+        endpoint = ConfiguredEndpointProvider(
+            full_config=session.full_config,
+            scoped_config=session.get_scoped_config(),
+            client_name="s3",
+        ).provide()
+        # botocore knows AWS_DEFAULT_REGION only; every other AWS library reads AWS_REGION first.
+        region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
+        credentials = session.get_credentials()
+    except BotoCoreError as error:
+        raise UsageError(f"the AWS configuration does not hold: {error}") from None
+    if credentials is None:
+        raise AccessDeniedError(f"no AWS credentials found; {_ACCESS_ADVICE}")
+    return _AwsSettings(endpoint, region or "us-east-1", functools.partial(_frozen, credentials))
+
+
+def _frozen(credentials: Any) -> dict[str, Any]:
+    """One set of keys for obstore, renewed by botocore where they expire."""
+    keys = credentials.get_frozen_credentials()
+    return {
+        "access_key_id": keys.access_key,
+        "secret_access_key": keys.secret_key,
+        "token": keys.token,
+        "expires_at": datetime.now(UTC) + _CREDENTIAL_LIFE,
+    }
+
+
+# ----------------------------------------------------------------------------------------
+# sources: whatever fsspec opens
+
+
+def _source_options(url: str) -> dict[str, Any]:
+    if not url.startswith(("s3://", "s3a://")):
+        return {}
+    settings = _aws_settings()
+    # SeaweedFS, MinIO and most others serve buckets as paths only.
+    style = {"s3": {"addressing_style": "path"}} if settings.endpoint else {}
+    return {
+        "client_kwargs": {"region_name": settings.region, "endpoint_url": settings.endpoint},
+        "config_kwargs": {
+            "connect_timeout": _CONNECT_TIMEOUT_S,
+            "read_timeout": _READ_TIMEOUT_S,
+            "retries": {"mode": "standard", "total_max_attempts": _MAX_RETRIES},
+            **style,
+        },
+    }
+
+
+def _protocols(filesystem: Any) -> Sequence[str]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else protocol
+
+
+def _list_s3(filesystem: Any, root: str) -> Iterator[SourceFile]:
+    """Page by page: s3fs's own find and walk hold a whole folder in memory."""
+    bucket, _, prefix = root.partition("/")
+    prefix = f"{prefix}/" if prefix else ""
+    token: dict[str, str] = {}
+    while True:
+        page = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, **token)
+        for entry in page.get("Contents", ()):
+            key = entry["Key"]
+            if not key.endswith("/"):  # a folder drawn by some console
+                path = key.removeprefix(prefix)
+                yield SourceFile(f"s3://{bucket}/{key}", path, entry["Size"], entry["ETag"])
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _list_directory(
+    root: Path, folder: str, ancestors: frozenset[tuple[int, int]]
+) -> Iterator[SourceFile]:
+    """Links to folders are followed, but never back into a folder we are in."""
+    here = (root / folder).stat()
+    identity = (here.st_dev, here.st_ino)
+    if identity in ancestors:
+        return
+    with os.scandir(root / folder) as entries:
+        for entry in entries:
+            path = f"{folder}{entry.name}"
+            if entry.is_dir():
+                yield from _list_directory(root, f"{path}/", ancestors | {identity})
+            elif entry.is_file():
+                stat = entry.stat()
+                yield SourceFile(f"file://{root}/{path}", path, stat.st_size, str(stat.st_mtime_ns))
+
+
+def _walk(filesystem: Any, root: str) -> Iterator[SourceFile]:
+    for _, _, files in filesystem.walk(root, detail=True, on_error="raise"):
+        for info in files.values():
+            path = str(info["name"])
+            tag = str(info.get("ETag") or info.get("mtime") or info.get("created") or "")
+            relative = path.removeprefix(root).lstrip("/")
+            yield SourceFile(filesystem.unstrip_protocol(path), relative, info["size"] or 0, tag)
+
+
+# ----------------------------------------------------------------------------------------
+# errors
+
+
+class _AlreadyExistsError(StoreError):
+    """A conditional PUT found an object."""
+
+
+@contextlib.contextmanager
+def _source_errors(verb: str, url: str) -> Iterator[None]:
+    """Turn what fsspec and s3fs raise into our errors, naming the source."""
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+
+    try:
+        yield
+    except (PermissionError, NoCredentialsError) as error:
+        message = f"cannot {verb} {url}: {_first_line(error)}; {_ACCESS_ADVICE}"
+        raise AccessDeniedError(message) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ObjectMissingError(f"cannot {verb} {url}: there is nothing; check the path") from None
+    except (BotoCoreError, ClientError, OSError, TimeoutError) as error:
+        raise StoreError(f"cannot {verb} {url}: {_first_line(error)}; {_NETWORK_ADVICE}") from None
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # fsspec knows no such protocol, or lacks its library
+        raise UsageError(f"cannot {verb} {url}: {_first_line(error)}") from None
+
+
+def _translate(error: Exception, what: str) -> StoreError:
+    reason = _reason(error)
+    if isinstance(error, obstore_errors.AlreadyExistsError):
+        return _AlreadyExistsError(f"{what}: there is an object already")
+    if isinstance(error, FileNotFoundError):
+        return ObjectMissingError(f"{what}: there is no such object; check the URL")
+    if isinstance(error, obstore_errors.PreconditionError):
+        return ObjectChangedError(
+            f"{what}: the object is not the one that was recorded; seal or adopt the data set again"
+        )
+    denied = (
+        obstore_errors.PermissionDeniedError,
+        obstore_errors.UnauthenticatedError,
+        PermissionError,
+    )
+    # Listing reports a refusal as a generic error; only the text tells.
+    if isinstance(error, denied) or re.search(r"status code: 40[13]\b", str(error)):
+        return AccessDeniedError(f"{what}: {reason}; {_ACCESS_ADVICE}")
+    return StoreError(f"{what}: {reason}; {_NETWORK_ADVICE}")
+
+
+def _reason(error: Exception) -> str:
+    """The few words that matter of obstore's message, which fills pages and quotes requests."""
+    text = str(error)
+    words = []
+    if status := re.search(r"status code: (\d+ [A-Za-z ]+)", text):
+        words.append(status[1].strip())
+    if code := re.search(r"<Code>(\w+)</Code>", text):
+        words.append(code[1])
+    if not words and "kind: Connect" in text:
+        words.append("no connection")
+    return " ".join(words) or _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]

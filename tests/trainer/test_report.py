@@ -1,0 +1,153 @@
+"""The report is one self-contained page, drawn from what the loop logged."""
+
+import html.parser
+import json
+import math
+import re
+import xml.etree.ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.report import (
+    MAX_POINTS,
+    Curve,
+    Table,
+    read_metrics,
+    training_curves,
+    write_report,
+)
+
+
+def _line(step: int, *, loss: float = 3.0, queue_used: bool = False) -> str:
+    row = {"step": step, "loss": loss, "lr": 0.1, "images_per_s": 50.0, "queue_used": queue_used}
+    return json.dumps(row)
+
+
+def _page(path: Path, **parts: object) -> str:
+    write_report(path / "report.html", title="a run", **parts)  # type: ignore[arg-type]
+    return (path / "report.html").read_text(encoding="utf-8")
+
+
+def _drawings(page: str) -> list[xml.etree.ElementTree.Element]:
+    return [
+        xml.etree.ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.S)
+    ]
+
+
+def test_text_is_escaped(tmp_path: Path) -> None:
+    hostile = '<script>alert(1)</script> & "quotes"'
+    page = _page(
+        tmp_path,
+        tables=[Table(title=hostile, columns=[hostile], rows=[[hostile]])],
+        curves=[Curve(title=hostile, steps=[0], values=[1.0], marks=[(0, hostile)])],
+        notes=[hostile],
+    )
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 7
+
+
+def test_the_page_names_nothing_outside_itself(tmp_path: Path) -> None:
+    crop = np.zeros((8, 8, 3), dtype=np.uint8)
+    page = _page(
+        tmp_path,
+        crops=[[crop, crop]],
+        curves=training_curves(read_metrics([_line(0)]), num_prototypes=60),
+    )
+    assert not re.search(r"https?://|<link|<script|@import|style=", page)
+    assert "default-src 'none'" in page
+    assert page.count("data:image/jpeg;base64,") == 2
+
+
+def test_the_page_is_well_formed(tmp_path: Path) -> None:
+    page = _page(
+        tmp_path,
+        tables=[Table(title="t", rows=[("a", "b")])],
+        curves=[Curve(title="c", steps=[1], values=[2])],
+    )
+    opened: list[str] = []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag: str, attrs: object) -> None:
+            if tag not in ("meta", "img"):
+                opened.append(tag)
+
+        def handle_startendtag(self, tag: str, attrs: object) -> None:
+            pass
+
+        def handle_endtag(self, tag: str) -> None:
+            assert opened.pop() == tag
+
+    Parser().feed(page)
+    assert not opened
+
+
+def test_the_same_inputs_give_the_same_page(tmp_path: Path) -> None:
+    crops = [[np.full((8, 8, 3), 77, dtype=np.uint8)]]
+    assert _page(tmp_path, crops=crops) == _page(tmp_path, crops=crops)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_rows_logged_again_after_a_resume_count_once() -> None:
+    lines = [_line(step, loss=9.0) for step in range(8)]
+    lines += [_line(step, loss=1.0) for step in range(5, 10)]
+    metrics = read_metrics(lines)
+    assert [row["step"] for row in metrics.rows] == list(range(10))
+    assert [row["loss"] for row in metrics.rows] == [9.0] * 5 + [1.0] * 5
+    assert metrics.resumed_steps == [5]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "", "[1]", '{"loss": 1}', '{"step": "3"}'])
+def test_a_line_cut_short_is_left_out(torn: str) -> None:
+    assert [row["step"] for row in read_metrics([_line(2), torn, _line(3)]).rows] == [2, 3]
+
+
+def test_the_loss_curve_marks_chance_queue_and_resume() -> None:
+    lines = [_line(step, queue_used=step >= 6) for step in (0, 2, 4, 6, 4, 6, 8)]
+    loss, *_ = training_curves(read_metrics(lines), num_prototypes=100)
+    assert loss.levels == [(pytest.approx(math.log(100)), "ln K = 4.61")]
+    assert sorted(loss.marks) == [(4, "resumed"), (6, "queue on")]
+
+
+def test_points_lie_where_the_axes_say(tmp_path: Path) -> None:
+    page = _page(
+        tmp_path, curves=[Curve(title="c", steps=[0, 50, 100], values=[0, 1, 2], wide=True)]
+    )
+    (svg,) = _drawings(page)
+    ticks = {text.text: text for text in svg.iter("text")}
+    spots = list(svg.iter("circle"))
+    for spot, step, value in zip(spots, ("0", "50", "100"), ("0", "1", "2"), strict=True):
+        x_ticks = [
+            t for t in svg.iter("text") if t.text == step and t.get("text-anchor") == "middle"
+        ]
+        y_ticks = [t for t in svg.iter("text") if t.text == value and t.get("text-anchor") == "end"]
+        if x_ticks:
+            assert float(spot.get("cx", 0)) == pytest.approx(
+                float(x_ticks[0].get("x", 0)), abs=0.11
+            )
+        assert float(spot.get("cy", 0)) + 4 == pytest.approx(
+            float(y_ticks[0].get("y", 0)), abs=0.11
+        )
+    assert "step" in ticks
+
+
+def test_a_long_run_stays_a_small_page(tmp_path: Path) -> None:
+    steps = range(200_000)
+    page = _page(tmp_path, curves=[Curve(title="c", steps=steps, values=[1.0 + s for s in steps])])
+    assert page.count("<circle") == MAX_POINTS
+    assert len(page) < 300_000
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap(tmp_path: Path) -> None:
+    values = [1.0, 2.0, math.nan, 3.0, math.inf, 1.0]
+    page = _page(tmp_path, curves=[Curve(title="c", steps=range(6), values=values)])
+    assert page.count("<polyline") == 3
+    assert "nan" not in page.split("</style>")[1]
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [5.0], [0.0, 0.0], [-1.0, -1.0]])
+def test_curves_without_extent_are_drawn(tmp_path: Path, values: list[float]) -> None:
+    curve = Curve(title="c", steps=range(len(values)), values=values, wide=True)
+    finite = sum(map(math.isfinite, values))
+    assert _page(tmp_path, curves=[curve]).count("<circle") == finite

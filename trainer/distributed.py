@@ -1,0 +1,126 @@
+"""Who am I among how many: the one place that reads RANK, LOCAL_RANK and WORLD_SIZE.
+
+`trainer.train` starts the world before it builds anything; everything below it receives a `World`.
+The `deepspeed` launcher, torchrun and a cluster's own starter all describe a process by the same
+variables; with none of them set the process is a world of one, in which every collective still
+works, so no caller asks "am I distributed?".
+
+A rank that dies must not leave the others waiting for ever: every collective ends after
+`TIMEOUT_S`.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import UsageError
+
+TIMEOUT_S = 600.0
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """One process among `world_size`; `local_rank` counts within its machine."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0: the one that logs, and that commits."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in order of rank, on every rank. The values are pickled."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def mean(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Means over ranks of a few numbers: float64 [len(values)] on this rank's device."""
+        total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
+        dist.all_reduce(total)
+        return total / self.world_size
+
+
+def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
+    """Join the processes the launcher started, or become a world of one.
+
+    NCCL on CUDA devices, gloo on CPUs. Call it before anything imports deepspeed, whose choice of
+    device it settles. Raises UsageError when the launcher's variables are incomplete or name no
+    device.
+    """
+    rank, local_rank, world_size = _identity()
+    device = _device(local_rank)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else deepspeed probes for devices, slowly
+    os.environ["LOCAL_RANK"] = str(local_rank)  # deepspeed insists on it, also without a launcher
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        # One process needs no server, hence no port that somebody else may take first.
+        store=torch._C._distributed_c10d.HashStore() if _is_alone() else None,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return World(rank, local_rank, world_size, device)
+
+
+def stop_world() -> None:
+    """Leave the world after a run that went well; a failing rank just exits.
+
+    The ranks leave together: one that closes its sockets while another is still in a collective
+    aborts it.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _identity() -> tuple[int, int, int]:
+    if _is_alone():
+        return 0, 0, 1
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"the environment describes one process of several but lacks {', '.join(missing)}; "
+            "start with `deepspeed --module trainer …`, or unset RANK and WORLD_SIZE"
+        )
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, int(os.environ.get("LOCAL_RANK", rank)), world_size
+
+
+def _is_alone() -> bool:
+    return "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_devices = torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise UsageError(
+            f"local rank {local_rank} has no CUDA device, this machine has {num_devices}; "
+            "start at most as many processes as there are devices"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

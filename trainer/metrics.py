@@ -1,0 +1,79 @@
+"""What a run says of itself: JSON lines, TensorBoard, a progress bar; called by the loop, on rank
+0.
+
+The lines since the last checkpoint travel inside it, so that the curve of a run survives the
+machine it was measured on and shows each step once, however often the run was cut and resumed.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Writes one record a logged step: metrics.jsonl and TensorBoard's files in `directory`."""
+
+    def __init__(self, directory: str, *, first_step: int, total_steps: int) -> None:
+        # Imported here: TensorBoard takes half a second, and only rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder))
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", desc="train", disable=None
+        )
+        self._since_checkpoint: list[str] = []
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log one record; "step" is the step's number, from 0."""
+        line = json.dumps(record)
+        self._since_checkpoint.append(line)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                self._board.add_scalar(name, value, record["step"])
+        self._show(record)
+
+    def take_since_checkpoint(self) -> bytes:
+        """The lines written since the last call, for the checkpoint to carry."""
+        lines, self._since_checkpoint = self._since_checkpoint, []
+        return "".join(line + "\n" for line in lines).encode()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._board.close()
+        self._file.close()
+
+    def _show(self, record: Mapping[str, Any]) -> None:
+        step = record["step"] + 1
+        if self._bar.disable:
+            print(  # noqa: T201 - the log of a run without a terminal
+                f"step {step}/{self._bar.total}  epoch {record['epoch']}  "
+                f"loss {record['loss']:.4f}  lr {record['lr']:.4g}  "
+                f"{record['images_per_s']:.0f} images/s",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        self._bar.set_postfix(
+            loss=f"{record['loss']:.4f}",
+            images_per_s=f"{record['images_per_s']:.0f}",
+            refresh=False,
+        )
+        self._bar.update(step - self._bar.n)

@@ -1,0 +1,310 @@
+"""LARC: SGD with momentum whose gradients are scaled tensor by tensor, exact under ZeRO's flat
+partitions.
+
+You, Gitman, Ginsburg 2017 (LARS), in the form SwAV trains with: NVIDIA apex's LARC around torch's
+SGD. For every parameter w with gradient g, over the whole parameter,
+
+    trust_ratio = trust_coefficient · ‖w‖ / (‖g‖ + weight_decay · ‖w‖ + eps)      (clip: min(that /
+    lr, 1)) update = trust_ratio · (g + weight_decay · w)           or g alone, no decay, when ‖w‖
+    or ‖g‖ is zero buffer = momentum · buffer + update;   w = w - lr · buffer
+
+ZeRO gives an optimizer one flat tensor per parameter group, holding this rank's share of parameters
+that are cut anywhere. Norms taken of that tensor are silently wrong. `bind` therefore tells which
+piece of a flat tensor belongs to which parameter: norms are summed piece by piece and over ranks,
+with one all_reduce a group.
+
+Differences from apex: gradients are left as they are; norms meet in float64, so that their squares
+neither overflow nor vanish; the host never waits for a norm.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, NamedTuple, overload
+
+import torch
+import torch.distributed as dist
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Section `optim`: LARC. The learning rate is section `schedule`."""
+
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
+    weight_decay: Annotated[float, Ge(0)] = 1e-6
+    trust_coefficient: Annotated[float, Gt(0)] = 0.001
+    eps: Annotated[float, Ge(0)] = 1e-8
+    clip: bool = False
+
+
+class Segment(NamedTuple):
+    """One piece of a parameter inside a flat tensor; positions and lengths in elements."""
+
+    param_index: int  # within the parameter group
+    offset: int  # where the piece begins in the flat tensor
+    length: int
+    start: int = 0  # where the piece begins in the flattened parameter
+
+
+@dataclass(frozen=True)
+class SegmentTable:
+    """What one flat tensor holds. Elements outside every segment are padding and stay untouched.
+
+    `num_params` counts the parameters of the whole group, also those this rank holds nothing of;
+    the ranks of `process_group` together hold every parameter once (None: this rank alone does).
+    """
+
+    num_params: int
+    segments: Sequence[Segment]
+    process_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        segments = [Segment(*segment) for segment in self.segments]
+        if any(not 0 <= segment.param_index < self.num_params for segment in segments):
+            raise ValueError(f"a segment names a parameter outside 0 … {self.num_params - 1}")
+        object.__setattr__(self, "segments", tuple(s for s in segments if s.length))
+
+
+@dataclass
+class _Pieces:
+    """One parameter group, cut into tensors that each belong to one parameter.
+
+    `slots` says to which, numbered through the group; there may be slots without a piece on this
+    rank, and several pieces of one slot.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    buffers: list[Tensor] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    process_group: dist.ProcessGroup | None = None
+
+    def add_whole(self, param: Tensor, grad: Tensor, buffer: Tensor) -> None:
+        self._add(self.num_slots, param, grad, buffer)
+        self.num_slots += 1
+
+    def add_segments(
+        self, param: Tensor, grad: Tensor, buffer: Tensor, table: SegmentTable
+    ) -> None:
+        flats = param.view(-1), grad.view(-1), buffer.view(-1)
+        for segment in table.segments:
+            cut = (flat.narrow(0, segment.offset, segment.length) for flat in flats)
+            self._add(self.num_slots + segment.param_index, *cut)
+        self.num_slots += table.num_params
+        self.process_group = table.process_group
+
+    def _add(self, slot: int, param: Tensor, grad: Tensor, buffer: Tensor) -> None:
+        self.slots.append(slot)
+        self.params.append(param)
+        self.grads.append(grad)
+        self.buffers.append(buffer)
+
+
+class LARC(Optimizer):
+    """LARC over SGD with momentum. See the module's docstring for the rule.
+
+    A parameter group with `frozen=True` is left out wholly: no decay, no momentum, no state. So is
+    a parameter without a gradient. Norms are per parameter; biases and BatchNorm are no exception,
+    as in SwAV.
+
+    State per tensor: `momentum_buffer`, made at its first step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        trust_coefficient: float = 0.001,
+        eps: float = 1e-8,
+        clip: bool = False,
+    ) -> None:
+        if min(lr, momentum, weight_decay, eps) < 0 or trust_coefficient <= 0:
+            raise ValueError("LARC takes no negative settings and a positive trust_coefficient")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+            "eps": eps,
+            "clip": clip,
+            "frozen": False,
+        }
+        super().__init__(params, defaults)
+        self._tables: dict[int, SegmentTable] = {}
+        self._slot_indices: dict[tuple[int, ...], Tensor] = {}
+
+    def bind(self, segments: Mapping[int, SegmentTable]) -> None:
+        """Say what the flat tensors in the parameter groups hold, by `id(tensor)`; replaces what
+        was bound.
+
+        Tensors that are not named are whole parameters, complete on this rank. Raises ValueError
+        when a group mixes both, or process groups.
+        """
+        for group in self.param_groups:
+            tables = [segments.get(id(tensor)) for tensor in group["params"]]
+            if len({table and id(table.process_group) for table in tables}) > 1:
+                raise ValueError(
+                    "a parameter group is bound wholly or not at all, and to one process group"
+                )
+        self._tables = dict(segments)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every group that is not frozen."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if not group["frozen"] and any(p.grad is not None for p in group["params"]):
+                self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        pieces = self._cut(group["params"])
+        trust_ratios, decays = _trust_ratios(self._norms(pieces, group["params"][0].device), group)
+        if not pieces.params:  # this rank's partition is all padding; it only helped to sum
+            return
+        slots = self._slot_index(pieces)
+        dtype = pieces.params[0].dtype
+        torch._foreach_mul_(pieces.buffers, group["momentum"])
+        grad_scales = trust_ratios[slots].to(dtype).unbind()
+        torch._foreach_addcmul_(pieces.buffers, pieces.grads, grad_scales)
+        decay_scales = decays[slots].to(dtype).unbind()
+        torch._foreach_addcmul_(pieces.buffers, pieces.params, decay_scales)
+        torch._foreach_add_(pieces.params, pieces.buffers, alpha=-group["lr"])
+
+    def _cut(self, tensors: list[Tensor]) -> _Pieces:
+        pieces = _Pieces()
+        for tensor in tensors:
+            if tensor.grad is None:
+                continue
+            buffer = self._momentum_buffer(tensor)
+            if (table := self._tables.get(id(tensor))) is None:
+                pieces.add_whole(tensor, tensor.grad, buffer)
+            else:
+                pieces.add_segments(tensor, tensor.grad, buffer, table)
+        return pieces
+
+    def _momentum_buffer(self, tensor: Tensor) -> Tensor:
+        state = self.state[tensor]
+        if "momentum_buffer" not in state:
+            # Zeros, as after steps without gradient: the first update becomes the buffer.
+            state["momentum_buffer"] = torch.zeros_like(tensor)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _norms(self, pieces: _Pieces, device: torch.device) -> Tensor:
+        """‖w‖ and ‖g‖ of every parameter over all ranks: float64 [2, num_slots]."""
+        squares = torch.zeros(2, pieces.num_slots, dtype=torch.float64, device=device)
+        if pieces.params:
+            slots = self._slot_index(pieces)
+            squares[0].index_add_(0, slots, _squared_norms(pieces.params))
+            squares[1].index_add_(0, slots, _squared_norms(pieces.grads))
+        if pieces.process_group is not None:
+            dist.all_reduce(squares, group=pieces.process_group)
+        return squares.sqrt_()
+
+    def _slot_index(self, pieces: _Pieces) -> Tensor:
+        """`slots` on the device; kept, because copying them there waits for the device."""
+        key = tuple(pieces.slots)
+        if key not in self._slot_indices:
+            self._slot_indices[key] = torch.tensor(key, device=pieces.params[0].device)
+        return self._slot_indices[key]
+
+
+def _squared_norms(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(torch._foreach_norm(tensors)).double().square_()
+
+
+def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What to multiply the gradient and the parameter with: two float64 [num_params]."""
+    weight_norm, grad_norm = norms
+    decay = group["weight_decay"]
+    denominator = grad_norm + weight_norm * decay + group["eps"]
+    trust_ratio = group["trust_coefficient"] * weight_norm / denominator
+    if group["clip"]:
+        trust_ratio = (trust_ratio / group["lr"]).clamp_(max=1)
+    adapts = (weight_norm > 0) & (grad_norm > 0)
+    return torch.where(adapts, trust_ratio, 1.0), torch.where(adapts, trust_ratio * decay, 0.0)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups: everything else, then the prototypes, so that those can be frozen and normalised
+    alone.
+
+    `model` has its prototypes in the attribute `prototypes`. Order within a group is the model's.
+    """
+    prototypes = list(model.get_submodule("prototypes").parameters())
+    names = {id(parameter) for parameter in prototypes}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in names]
+    return [{"params": others, "frozen": False}, {"params": prototypes, "frozen": False}]
+
+
+@torch.no_grad()
+def normalize_rows(
+    weight: Tensor, *, shape: tuple[int, int] | None = None, table: SegmentTable | None = None
+) -> None:
+    """Give every row of a matrix the L2 norm one, in place: row / max(‖row‖, 1e-12), as
+    F.normalize.
+
+    Without a table `weight` [K, D] is the matrix. With one, `weight` is this rank's flat partition
+    of a group whose only parameter is the matrix, of `shape` (K, D); rows may straddle ranks. The
+    table's segments must say their `start` in the matrix. One all_reduce of K numbers; no host
+    synchronisation.
+    """
+    if table is None:
+        weight.copy_(nn.functional.normalize(weight, dim=1))
+        return
+    if shape is None or table.num_params != 1:
+        raise ValueError("a partition can be normalised if its group is one matrix of known shape")
+    squares = torch.zeros(shape[0], dtype=torch.float64, device=weight.device)
+    pieces = [_RowPiece.cut(weight, segment, shape[1]) for segment in table.segments]
+    for piece in pieces:
+        squares[piece.rows] += piece.padded_rows().square_().sum(dim=1)
+    if table.process_group is not None:
+        dist.all_reduce(squares, group=table.process_group)
+    norms = squares.sqrt_().clamp_(min=1e-12)
+    for piece in pieces:
+        piece.divide(norms)
+
+
+@dataclass
+class _RowPiece:
+    """A stretch of a row-major matrix; its first and last row may be incomplete."""
+
+    values: Tensor  # flat view
+    rows: slice  # rows it touches
+    lead: int  # elements of its first row that lie before it
+    row_length: int
+
+    @classmethod
+    def cut(cls, flat: Tensor, segment: Segment, row_length: int) -> "_RowPiece":
+        first, lead = divmod(segment.start, row_length)
+        last = (segment.start + segment.length - 1) // row_length
+        values = flat.view(-1).narrow(0, segment.offset, segment.length)
+        return cls(values, slice(first, last + 1), lead, row_length)
+
+    def padded_rows(self) -> Tensor:
+        """Float64 [rows touched, D], zeros for what lies outside the piece."""
+        num_rows = self.rows.stop - self.rows.start
+        tail = num_rows * self.row_length - self.lead - self.values.numel()
+        return nn.functional.pad(self.values.double(), (self.lead, tail)).view(
+            num_rows, self.row_length
+        )
+
+    def divide(self, norms: Tensor) -> None:
+        divided = self.padded_rows().div_(norms[self.rows, None]).flatten()
+        self.values.copy_(divided.narrow(0, self.lead, self.values.numel()))

@@ -1,0 +1,287 @@
+"""The loop: data in, a step, figures and checkpoints out. Reads from top to bottom as a run does.
+
+Called by `python -m trainer` and `deepspeed --module trainer`. A run that is started again goes on
+from its newest checkpoint and trains on exactly the batches it would have seen.
+"""
+
+import math
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from annotated_types import Ge, Gt
+
+from pipeline.config import dump_config
+from pipeline.errors import CropstreamError, TrainingError
+from pipeline.loader import Batch, MultiCropLoader
+from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.distributed import World
+from trainer.engine import DeepSpeedEngine, Engine
+from trainer.metrics import MetricsLog
+from trainer.models import build_model
+from trainer.optim import LARC, parameter_groups
+from trainer.queue import FeatureQueue
+from trainer.schedule import warmup_cosine
+from trainer.step import StepResult, swav_step
+
+if TYPE_CHECKING:  # config.py collects the sections, ours among them
+    from trainer.config import Config
+
+T = TypeVar("T")
+
+STOPPED = 3  # exit code: a checkpoint was committed, start me again
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Section `train`: how long, from which seed, and how often to report."""
+
+    epochs: Annotated[int, Gt(0)] = 100
+    seed: Annotated[int, Ge(0)] = 31
+    log_every_steps: Annotated[int, Gt(0)] = 10
+    log_dir: str = "build/runs"  # metrics.jsonl and TensorBoard files of this machine
+
+
+def train(config: "Config", world: World) -> int:
+    """Train from the newest checkpoint, or from the beginning, to the end of the last epoch.
+
+    Returns the exit code: 0 done, 3 stopped by SIGTERM after a committed checkpoint.
+    """
+    stop = _catch_sigterm()
+    checkpoints = together(world, lambda: Checkpoints(config.checkpoint, world))
+    checkpoint = checkpoints.latest()
+    loader = together(world, lambda: _build_loader(config, world, checkpoint))
+    engine = _build_engine(config, world)
+    queue = _build_queue(config, world, loader)
+    quarantine: list[dict[str, Any]] = []
+    if checkpoint is not None:
+        checkpoints.restore(checkpoint, engine, queue=queue)
+        quarantine = checkpoint.state["quarantine"]
+
+    total_steps = config.train.epochs * loader.steps_per_epoch
+    first_step = checkpoint.step if checkpoint else 0
+    queue_start = _queue_start(config, loader.steps_per_epoch)
+    _announce(config, world, loader, first_step, total_steps)
+
+    def save(step: int) -> None:
+        found = [entry for entries in world.gather(loader.quarantine) for entry in entries]
+        state = {
+            "loader": loader.state_dict(),
+            "quarantine": quarantine + found,
+            "config": dump_config(config),
+        }
+        metrics = log.take_since_checkpoint() if log else b""
+        checkpoints.save(step, engine, queue=queue, state=state, metrics=metrics)
+
+    opened = (
+        MetricsLog(config.train.log_dir, first_step=first_step, total_steps=total_steps)
+        if world.is_first
+        else nullcontext()
+    )
+    with loader, opened as log:
+        clock = _Clock(loader, first_step)
+        saved = first_step
+        for step, batch in enumerate(loader, start=first_step):
+            queue_now = queue if queue and step >= queue_start else None
+            queue_used = queue_now is not None and queue_now.is_full
+            lr = _learning_rate(config, step, loader.steps_per_epoch)
+            result = swav_step(
+                engine,
+                batch.crops,
+                queue=queue_now,
+                num_crops=config.crops.num_crops,
+                crops_for_assign=config.loss.crops_for_assign,
+                temperature=config.loss.temperature,
+                epsilon=config.sinkhorn.epsilon,
+                num_iterations=config.sinkhorn.num_iterations,
+                lr=lr,
+                freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
+                group=dist.group.WORLD,
+            )
+            done = step + 1
+            stopping = False
+            if done % config.train.log_every_steps == 0 or done == total_steps:
+                loss, stopped_ranks = _read(world, result, batch, stop.is_set)
+                stopping = stopped_ranks > 0
+                record = {"step": step, "epoch": batch.epoch, "loss": loss, "lr": lr}
+                record |= {"queue_used": queue_used, **clock.lap(world, step)}
+                if log:
+                    log.write(record)
+            if done % config.checkpoint.every_steps == 0 or done == total_steps or stopping:
+                save(done)
+                saved = done
+            if stopping and done < total_steps:
+                return STOPPED
+        assert saved == total_steps, "the last step is always saved"
+    return 0
+
+
+def together(world: World, build: Callable[[], T]) -> T:
+    """Do on every rank what may fail by a user's mistake; a failure ends all ranks, told once.
+
+    The first rank that failed raises its error; the others leave silently with the same exit code.
+    """
+    result, failure = None, None
+    try:
+        result = build()
+    except CropstreamError as error:
+        failure = error
+    failures = world.gather(failure)
+    first = next((rank for rank, each in enumerate(failures) if each is not None), None)
+    if first is None:
+        return result  # type: ignore[return-value]
+    if first == world.rank:
+        raise failures[first]
+    sys.exit(failures[first].exit_code)
+
+
+def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> MultiCropLoader:
+    hosts = world.gather(socket.gethostname())
+    return MultiCropLoader(
+        config.loader,
+        config.crops,
+        config.augment,
+        seed=config.train.seed,
+        rank=world.rank,
+        world_size=world.world_size,
+        local_world_size=hosts.count(socket.gethostname()),
+        device=world.device,
+        epochs=config.train.epochs,
+        state=checkpoint.state["loader"] if checkpoint else None,
+    )
+
+
+def _build_engine(config: "Config", world: World) -> Engine:
+    torch.manual_seed(config.train.seed)  # every rank draws the same initial weights
+    model = build_model(config.model, dist.group.WORLD).to(world.device)
+    optim = config.optim
+    optimizer = LARC(
+        parameter_groups(model),
+        lr=config.schedule.base_lr,
+        momentum=optim.momentum,
+        weight_decay=optim.weight_decay,
+        trust_coefficient=optim.trust_coefficient,
+        eps=optim.eps,
+        clip=optim.clip,
+    )
+    return DeepSpeedEngine(model, optimizer, config.engine)
+
+
+def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> FeatureQueue | None:
+    """Allocated from the beginning, so that a checkpoint has one shape; used from its start on."""
+    if not config.queue.length:
+        return None
+    return FeatureQueue(
+        config.queue.length,
+        config.model.feat_dim,
+        len(config.loss.crops_for_assign),
+        batch_size=loader.batch_size,
+        world_size=world.world_size,
+        device=world.device,
+    )
+
+
+def _queue_start(config: "Config", steps_per_epoch: int) -> int:
+    queue = config.queue
+    return queue.start_step if queue.start_step >= 0 else queue.start_epoch * steps_per_epoch
+
+
+def _learning_rate(config: "Config", step: int, steps_per_epoch: int) -> float:
+    schedule = config.schedule
+    warmup = schedule.warmup_steps
+    return warmup_cosine(
+        step,
+        base_lr=schedule.base_lr,
+        final_lr=schedule.final_lr,
+        start_lr=schedule.start_lr,
+        warmup_steps=warmup if warmup >= 0 else schedule.warmup_epochs * steps_per_epoch,
+        total_steps=config.train.epochs * steps_per_epoch,
+    )
+
+
+def _read(
+    world: World, result: StepResult, batch: Batch, stop_requested: Callable[[], bool]
+) -> tuple[float, float]:
+    """The mean loss over ranks and the share of ranks told to stop; here the host waits.
+
+    Raises TrainingError when the loss is not finite, naming the batch.
+    """
+    mine = torch.stack([result.loss.double(), result.loss.new_tensor(stop_requested()).double()])
+    loss, stopped = world.mean(mine).tolist()
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is {loss} at step {batch.step} of epoch {batch.epoch} (rank {world.rank}: "
+            f"{result.loss.item()} on samples {batch.samples[:8].tolist()}…); resume from an older "
+            f"checkpoint with a lower schedule.base_lr, or engine.precision=fp32"
+        )
+    return loss, stopped
+
+
+class _Clock:
+    """Rates between logged steps, and what this process has used."""
+
+    def __init__(self, loader: MultiCropLoader, first_step: int) -> None:
+        self._loader = loader
+        self._step = first_step - 1
+        self._time = time.perf_counter()
+
+    def lap(self, world: World, step: int) -> dict[str, Any]:
+        now = time.perf_counter()
+        steps = step - self._step
+        seconds = (now - self._time) / steps
+        sums = self._loader.telemetry.take()
+        self._step, self._time = step, now
+        return {
+            "images_per_s": self._loader.batch_size * world.world_size / seconds,
+            "step_s": seconds,
+            "data_wait_s": sums.pop("data_wait_s", 0.0) / steps,
+            **{f"loader/{name}": amount / steps for name, amount in sorted(sums.items())},
+            "world_size": world.world_size,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "time": time.time(),
+        }
+
+
+class _Flag:
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self, number: int, frame: FrameType | None) -> None:
+        self._set = True
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+def _catch_sigterm() -> _Flag:
+    """SIGTERM announces the end of a spot instance: save, then leave with exit code 3."""
+    flag = _Flag()
+    signal.signal(signal.SIGTERM, flag.set)
+    return flag
+
+
+def _announce(
+    config: "Config", world: World, loader: MultiCropLoader, first_step: int, total_steps: int
+) -> None:
+    if not world.is_first:
+        return
+    order = loader.order
+    begun = f"resuming at step {first_step}" if first_step else "starting"
+    print(  # noqa: T201 - the first line of a run's log
+        f"{begun} of {total_steps}: {order.num_samples} images of {config.loader.dataset} "
+        f"(version {loader.snapshot.version}), {world.world_size} rank(s) of {loader.batch_size} "
+        f"images, lanes {order.lanes}, chunk {order.chunk}, window {order.window}; checkpoints in "
+        f"{config.checkpoint.run}, logs in {config.train.log_dir} (pid {os.getpid()})",
+        file=sys.stderr,
+        flush=True,
+    )
