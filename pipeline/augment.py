@@ -77,7 +77,7 @@ class AugmentConfig:
             raise ValueError(f"std must be positive, not {self.std}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one truth
 class AugmentParams:
     """What happens to each of N crops, row for row; on the host."""
 
@@ -173,9 +173,8 @@ def _step(
     operation: Callable[[Tensor, Tensor], Tensor], chosen: NDArray[np.bool_], *values: NDArray[Any]
 ) -> _Step:
     rows = np.flatnonzero(chosen)
-    columns = np.array([value[rows] for value in values], np.float32).reshape(
-        len(values), len(rows)
-    )
+    shape = (len(values), len(rows))  # numpy cannot know it when there are no values
+    columns = np.array([value[rows] for value in values], np.float32).reshape(shape)
     return _Step(operation, rows, columns.T)
 
 

@@ -25,7 +25,7 @@ _RATIO = (3 / 4, 4 / 3)  # width / height
 
 @dataclass(frozen=True)
 class CropGroup:
-    """The crops of one resolution: `count` squares; `scale`, the range of their share of the area."""
+    """The crops of one resolution: `count` squares whose share of the area is in `scale`."""
 
     count: int
     size_px: int

@@ -10,7 +10,7 @@ What becomes of pixels that are not 8-bit RGB (the reference says Pillow's
 
     grey, 1-bit                  the grey value three times
     palette                      looked up
-    alpha, transparent colour    composited on white, as on a page (the reference bares hidden colours)
+    alpha, transparent colour    composited on white, as on a page (the reference drops alpha)
     16-bit grey                  v * 255 / 65535, rounded (the reference clips: nearly all white)
     16-bit colour                the high byte (done by Pillow's readers)
     CMYK, YCbCr, LAB, HSV        Pillow's convert, without colour profiles
@@ -23,6 +23,7 @@ truncated one never does.
 """
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,12 +46,17 @@ UNDECODABLE = "undecodable"
 MAX_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 2**20
 
+# Pillow warns of every oddity of a hostile file: noise among billions. Pixels and caps decide.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
 _PILLOW_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
     NotImplementedError,
     MemoryError,
+    RuntimeError,  # its AVIF reader
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where warnings are errors
 )
@@ -77,6 +83,7 @@ _REFUSED = (
     (0, b"8BPS", "Photoshop"),
 )
 
+_SIMPLE_COLORS = ("YCbCr", "RGB", "Gray")
 _ORIENTATION = 0x0112  # the EXIF tag
 _START_OF_SCAN = 0xDA  # the JPEG marker after which pixels follow
 _HASH_ROWS, _HASH_COLUMNS = 8, 9
@@ -120,7 +127,7 @@ def decode_rgb(
     pixels.
     """
     header = guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
-    if header.format != "JPEG":
+    if not _suits_simplejpeg(data, header):
         return _decode_with_pillow(data, header)
     try:
         return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
@@ -197,8 +204,18 @@ def _size(data: bytes, image_format: str) -> tuple[int, int]:
         return image.width, image.height
 
 
+def _suits_simplejpeg(data: bytes, header: ImageHeader) -> bool:
+    """Whether it is a JPEG without CMYK, whose two conventions only Pillow tells apart."""
+    if header.format != "JPEG":
+        return False
+    try:
+        return simplejpeg.decode_jpeg_header(data)[2] in _SIMPLE_COLORS
+    except ValueError:
+        return False
+
+
 def _decode_refused_jpeg(data: bytes, header: ImageHeader, error: ValueError) -> NDArray[np.uint8]:
-    """Let Pillow judge what simplejpeg refused: CMYK, and complaints that libjpeg survives."""
+    """Let Pillow judge what simplejpeg refused: libjpeg survives most of what it complains of."""
     _refuse_truncated_jpeg(error)
     return _decode_with_pillow(data, header)
 
@@ -217,7 +234,7 @@ def _decode_with_pillow(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
 
 
 def _decode_grey(data: bytes, header: ImageHeader) -> Image.Image:
-    if header.format == "JPEG":
+    if _suits_simplejpeg(data, header):
         try:  # eight cells of the grid each way: enough for the hash, and less to compute
             grey = simplejpeg.decode_jpeg(
                 data, "GRAY", min_height=8 * _HASH_ROWS, min_width=8 * _HASH_COLUMNS
@@ -230,7 +247,7 @@ def _decode_grey(data: bytes, header: ImageHeader) -> Image.Image:
 
 @contextmanager
 def _open(data: bytes, image_format: str) -> Iterator[Image.Image]:
-    """Open with Pillow as this format; whatever it raises inside the block becomes a SampleError."""
+    """Open with Pillow as this format; what it raises inside the block becomes a SampleError."""
     try:
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
             yield image

@@ -177,9 +177,8 @@ class Prefetcher:
 
     Args:
         pieces: in the order of need; consumed lazily.
-        budget_bytes: of samples requested or held and not yet taken. A sample that is waited for
-        is fetched
-            whatever the budget says, so a small budget slows a run down but never stops it.
+        ahead_bytes: of samples requested or held and not yet taken. A sample that is waited for is
+            fetched whatever this says: too little slows a run down but never stops it.
         sample_bytes: mean size of a sample, the estimate until a piece has arrived.
     """
 
@@ -188,13 +187,13 @@ class Prefetcher:
         reader: SampleReader,
         pieces: Iterator[Piece],
         *,
-        budget_bytes: int,
+        ahead_bytes: int,
         sample_bytes: float,
         threads: int,
     ) -> None:
         self._reader = reader
         self._pieces = pieces
-        self._budget_bytes = budget_bytes
+        self._ahead_bytes = ahead_bytes
         self._sample_bytes = sample_bytes
         self._waiting: dict[tuple[int, int], Future[None]] = {}  # (epoch, sample) -> its piece
         self._arrived: dict[tuple[int, int], RawSample | BadSample] = {}
@@ -225,7 +224,7 @@ class Prefetcher:
         self._request_ahead()
 
     def _request_ahead(self) -> None:
-        while self._held_bytes < self._budget_bytes:
+        while self._held_bytes < self._ahead_bytes:
             piece = next(self._pieces, None)
             if piece is None:
                 return

@@ -126,6 +126,7 @@ class MultiCropLoader:
         wanted = state["version"] if state else config.version or None
         self.snapshot = read_snapshot(self.store, wanted)
         self.order = self._resolve_order(seed, state)
+        self._ahead_bytes = self._in_flight_bytes()
         self.quarantine: list[dict[str, Any]] = []
         self._epoch, self._step = 0, 0
         self._lock = threading.Lock()
@@ -224,10 +225,11 @@ class MultiCropLoader:
             snapshot.num_kept, global_batch=config.global_batch, seed=seed, **asdict(sizes)
         )
         check_world_size(order.lanes, self.world_size)
-        self._check_budget(order)
         return order
 
-    def _check_budget(self, order: SampleOrder) -> None:
+    def _in_flight_bytes(self) -> int:
+        """What this rank reads ahead: one chunk more than a window, for each of its lanes."""
+        order = self.order
         chunk_bytes = order.chunk * mean_sample_bytes(self.snapshot)
         needed = round(order.lanes / self.world_size * (order.window + 1) * chunk_bytes)
         if needed > self.config.budget_bytes:
@@ -236,6 +238,7 @@ class MultiCropLoader:
                 f"the {self.config.budget_bytes >> 20} MiB of loader.budget_bytes; raise it, or "
                 f"lower loader.window or loader.chunk, or start more ranks"
             )
+        return needed
 
     def _positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         while self.epochs is None or epoch < self.epochs:
@@ -250,7 +253,7 @@ class MultiCropLoader:
         self._prefetcher = Prefetcher(
             self._reader,
             pieces_in_order(self._windows(self._epoch, self._step), self.order.chunk),
-            budget_bytes=self.config.budget_bytes,
+            ahead_bytes=self._ahead_bytes,
             sample_bytes=mean_sample_bytes(self.snapshot),
             threads=_FETCH_THREADS,
         )

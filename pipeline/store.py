@@ -329,7 +329,7 @@ def list_files(url: str) -> Iterator[SourceFile]:
     nothing.
     """
     with _source_errors("list", url):
-        filesystem, root = fsspec.core.url_to_fs(url, **_source_options(url))
+        filesystem, root = _open_source(url)
         if "s3" in _protocols(filesystem):
             yield from _list_s3(filesystem, root)
         elif "file" in _protocols(filesystem):
@@ -341,7 +341,7 @@ def list_files(url: str) -> Iterator[SourceFile]:
 def read_file(url: str) -> bytes:
     """The bytes of one file under any fsspec URL. Raises StoreError and its kinds."""
     with _source_errors("read", url):
-        filesystem, path = fsspec.core.url_to_fs(url, **_source_options(url))
+        filesystem, path = _open_source(url)
         return bytes(filesystem.cat_file(path))
 
 
@@ -360,7 +360,7 @@ def _open_directory(path: Path) -> Store:
 
 
 def _open_bucket(bucket: str) -> S3Store:
-    settings = _aws_settings()
+    settings = _read_aws_settings(_aws_environment())
     endpoint: S3Config = {"endpoint": settings.endpoint} if settings.endpoint else {}
     return S3Store(
         bucket,
@@ -392,8 +392,16 @@ class _AwsSettings:
     credentials: Callable[[], Any]
 
 
-def _aws_settings() -> _AwsSettings:
-    """What the AWS environment and files say. Raises AccessDeniedError without credentials."""
+def _aws_environment() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_aws_settings(environment: tuple[tuple[str, str], ...]) -> _AwsSettings:
+    """What the AWS files and `environment` (os.environ's part, the key of the cache) say.
+
+    Raises AccessDeniedError without credentials, UsageError if the files contradict themselves.
+    """
     # Imported here: a quarter of a second that a run on local files need not pay.
     from botocore.configprovider import ConfiguredEndpointProvider
     from botocore.exceptions import BotoCoreError
@@ -431,21 +439,30 @@ def _frozen(credentials: Any) -> dict[str, Any]:
 # sources: whatever fsspec opens
 
 
-def _source_options(url: str) -> dict[str, Any]:
-    if not url.startswith(("s3://", "s3a://")):
-        return {}
-    settings = _aws_settings()
+def _open_source(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL and the path there."""
+    if not url.startswith("s3://"):
+        filesystem, path = fsspec.core.url_to_fs(url)
+        return filesystem, path
+    return _open_s3fs(_aws_environment()), url.removeprefix("s3://").rstrip("/")
+
+
+@functools.lru_cache(maxsize=4)
+def _open_s3fs(environment: tuple[tuple[str, str], ...]) -> Any:
+    settings = _read_aws_settings(environment)
     # SeaweedFS, MinIO and most others serve buckets as paths only.
     style = {"s3": {"addressing_style": "path"}} if settings.endpoint else {}
-    return {
-        "client_kwargs": {"region_name": settings.region, "endpoint_url": settings.endpoint},
-        "config_kwargs": {
+    return fsspec.filesystem(
+        "s3",
+        client_kwargs={"region_name": settings.region, "endpoint_url": settings.endpoint},
+        config_kwargs={
             "connect_timeout": _CONNECT_TIMEOUT_S,
             "read_timeout": _READ_TIMEOUT_S,
             "retries": {"mode": "standard", "total_max_attempts": _MAX_RETRIES},
             **style,
         },
-    }
+        skip_instance_cache=True,  # its cache does not notice that the environment has changed
+    )
 
 
 def _protocols(filesystem: Any) -> Sequence[str]:

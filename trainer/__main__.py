@@ -1,11 +1,10 @@
-"""Start or resume a run: `python -m trainer` in one process, `deepspeed --module trainer` in many."""
+"""Start or resume a run: `python -m trainer` alone, `deepspeed --module trainer` on many GPUs."""
 
 import argparse
-import os
 import sys
 
 from pipeline.config import dump_config, load_config
-from pipeline.errors import CropstreamError, TrainingError, run_command
+from pipeline.errors import CheckpointError, TrainingError, UsageError, run_command
 
 _DESCRIPTION = """\
 Pretrain a ConvNet with SwAV on a packed data set. Start it again and it goes on from its newest
@@ -41,26 +40,23 @@ def main() -> int:
 def run(path: str | None, overrides: list[str], print_config: bool) -> int:
     """Load the configuration, join the world, train."""
     from trainer.config import Config  # after --help, which should not wait for torch
+    from trainer.distributed import launched_rank, start_world, stop_world
+    from trainer.train import train
 
     try:
         config = load_config(Config, path, overrides)
-    except CropstreamError:
-        if os.environ.get("RANK", "0") != "0":  # every rank sees the same mistakes: one tells them
-            sys.exit(CropstreamError.exit_code + 1)
-        raise
-    if print_config:
-        print(dump_config(config))
-        return 0
-
-    from trainer.distributed import start_world, stop_world
-    from trainer.train import train
-
-    world = start_world()
-    try:
+        if print_config:
+            print(dump_config(config))
+            return 0
+        world = start_world()
         code = train(config, world)
+    except (UsageError, CheckpointError) as error:
+        if launched_rank() != 0:  # every rank fails alike: the first one tells
+            return error.exit_code
+        raise
     except RuntimeError as error:
-        if world.world_size > 1 and "onnection" in str(error):
-            raise TrainingError(f"rank {world.rank} lost another rank: {error}") from None
+        if "onnection" in str(error):  # gloo and NCCL have no type for it
+            raise TrainingError(f"rank {launched_rank()} lost another rank: {error}") from None
         raise
     stop_world()
     return code

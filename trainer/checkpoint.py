@@ -1,58 +1,47 @@
-"""Checkpoints on an object store: `python -m trainer.checkpoint ls|verify|rm`, and save and resume.
+"""Save and resume a run on an object store; `python -m trainer.checkpoint ls|verify|rm`.
 
-    <run>/objects/<step>-<attempt>/rank-00000.bin …   tensors, raw and little-endian, back to back
-    <run>/objects/<step>-<attempt>/metrics.jsonl      the log of metrics so far
-    <run>/manifests/<step>.json                       which bytes of which object are which tensor
-
-A checkpoint is a set of named tensors (`weight/…`, `momentum/…`, `buffer/…`, `queue/<rank>`,
-`rng/<rank>`) and a JSON state. A tensor is made of pieces, wherever they lie: every rank streams
-what it holds and the manifest joins the pieces, so what ZeRO stage and world size wrote them is of
-no concern to who reads them. (DeepSpeed's own checkpoints are tied to both, are loaded by pickle,
-and name a checkpoint `latest` before it is complete.)
-
-The manifest is committed by one conditional PUT once every rank's objects are complete
-(pipeline.manifest): a save that was killed does not exist, and of two runs that write to the same
-prefix one stops. Every piece and every object carries a CRC32C, the manifest a SHA-256 of itself;
-nothing is put into a model before everything it needs has been read and checked.
+A checkpoint holds everything that decides the rest of a run: weights and momentum as this rank's
+engine holds them, BatchNorm statistics, the feature queue and the random generators of every rank,
+and a JSON state (the loader's position among it). Every rank streams its own part (the format is
+`trainer.fragments`); once all parts are complete rank 0 commits the manifest by one conditional PUT
+(`pipeline.manifest`). So a save that was killed does not exist, and of two runs that write to the
+same prefix one stops. Nothing is put into a model before everything it needs was read and checked.
 """
 
 import argparse
-import hashlib
-import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import accumulate
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import google_crc32c
 import torch
 from annotated_types import Ge
 from torch import Tensor, nn
 
-from pipeline.errors import (
-    CheckpointError,
-    CropstreamError,
-    ManifestError,
-    StoreError,
-    run_command,
-)
-from pipeline.manifest import commit, new_attempt, prove_conditional_put, read_commit
+from pipeline.errors import CheckpointError, CropstreamError, ManifestError, run_command
+from pipeline.manifest import commit, new_attempt, prove_conditional_put
 from pipeline.store import Store, open_store
 from trainer.distributed import World
 from trainer.engine import Engine, Fragment
+from trainer.fragments import (
+    Checkpoint,
+    Reader,
+    Wanted,
+    WrittenObject,
+    damage,
+    dtype_name,
+    join,
+    manifest_key,
+    read_checkpoint,
+    remove,
+    saved_steps,
+    to_document,
+)
 from trainer.queue import FeatureQueue
 
-FORMAT = 1
-PIECE_BYTES = 8 * 2**20  # also what is read to the host at a time when a checkpoint is written
-READ_BYTES = 32 * 2**20
-READS_IN_FLIGHT = 4
-
-_MANIFEST_KEY = re.compile(r"manifests/(\d{9})\.json")
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -64,63 +53,6 @@ class CheckpointConfig:
     run: str  # the run's prefix: s3://bucket/runs/name, file:///… or a local path
     every_steps: Annotated[int, Ge(1)] = 1000
     keep: Annotated[int, Ge(1)] = 3  # older checkpoints are removed
-
-
-class Piece(NamedTuple):
-    """`length` elements of a flattened tensor, from `start` on, and where they are stored."""
-
-    start: int
-    length: int
-    object: int  # number in Checkpoint.objects
-    offset_bytes: int
-    crc32c: int
-
-
-@dataclass
-class StoredTensor:
-    """One tensor of a checkpoint: `pieces` in no order, together every element once."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: list[Piece] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """One immutable object of a checkpoint."""
-
-    key: str
-    size_bytes: int
-    crc32c: int
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a manifest says.
-
-    `queue` is None or what the queue parts do not say: num_pushes and batch_size (per rank).
-    `damaged` names the manifests of newer checkpoints that did not verify.
-    """
-
-    step: int
-    attempt: str
-    world_size: int
-    time: str  # ISO 8601, UTC
-    objects: tuple[StoredObject, ...]
-    tensors: dict[str, StoredTensor]
-    queue: dict[str, int] | None
-    state: dict[str, Any]
-    damaged: tuple[str, ...] = ()
-
-    @property
-    def key(self) -> str:
-        """The manifest's key."""
-        return _manifest_key(self.step)
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all objects."""
-        return sum(stored.size_bytes for stored in self.objects)
 
 
 class Checkpoints:
@@ -157,10 +89,18 @@ class Checkpoints:
         folder = f"objects/{step:09d}-{attempt}"
         what = f"cannot write checkpoint {step} to {self._store.url}"
         written = self._together(what, lambda: self._write(folder, engine, queue, metrics))
-        parts = self._world.gather(written)
-        self._on_first(
-            what, lambda: self._commit(_joined(parts, step, attempt, self._world, queue, state))
+        objects, tensors = join(each for part in self._world.gather(written) for each in part)
+        checkpoint = Checkpoint(
+            step=step,
+            attempt=attempt,
+            world_size=self._world.world_size,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            objects=objects,
+            tensors=tensors,
+            queue=_queue_sizes(queue),
+            state=dict(state),
         )
+        self._on_first(what, lambda: self._commit(checkpoint))
         self._committed_step = step
         self._on_first(f"checkpoint {step}", self._remove_old)
 
@@ -177,8 +117,9 @@ class Checkpoints:
             checkpoint, problems = self._verified(step, what)
             if checkpoint is not None and not problems:
                 return replace(checkpoint, damaged=tuple(damaged))
-            damaged.append(_manifest_key(step))
-            _log.warning("checkpoint %d is damaged and passed over: %s", step, "; ".join(problems))
+            damaged.append(manifest_key(step))
+            if self._world.is_first:
+                _log.warning("passing over checkpoint %d: %s", step, "; ".join(problems))
         if damaged:
             raise CheckpointError(
                 f"{what}: none of its {len(damaged)} checkpoints verifies; see `python -m "
@@ -198,15 +139,16 @@ class Checkpoints:
         damaged checkpoint, another model, or a queue that does not fit.
         """
         what = f"cannot resume from checkpoint {checkpoint.step} of {self._store.url}"
-        reader = _Reader(self._store, checkpoint)
+        reader = Reader(self._store, checkpoint)
         targets = self._together(what, lambda: _targets(checkpoint, engine, self._world))
-        values = self._together(what, lambda: reader.read(targets))
-        rows = self._together(what, lambda: _queue_rows(reader, queue, self._world))
-        _apply(targets, values)
+        flats = self._together(what, lambda: reader.read([wanted for wanted, _ in targets]))
+        queued = self._together(what, lambda: _queue_state(checkpoint, reader, queue, self._world))
+        with torch.no_grad():
+            for (_, put), flat in zip(targets, flats, strict=True):
+                put(flat)
         engine.publish()
-        if queue is not None and checkpoint.queue is not None:
-            pushes = checkpoint.queue["num_pushes"]
-            queue.load_state_dict({"features": rows, "num_pushes": pushes})
+        if queue is not None and queued is not None:
+            queue.load_state_dict(queued)
         self._on_first(what, lambda: self._set_aside(checkpoint.damaged))
         self._committed_step = checkpoint.step
         return checkpoint.state
@@ -218,14 +160,14 @@ class Checkpoints:
 
     def _write(
         self, folder: str, engine: Engine, queue: FeatureQueue | None, metrics: bytes
-    ) -> list["_WrittenObject"]:
+    ) -> list[WrittenObject]:
         world = self._world
-        written = [_WrittenObject(f"{folder}/rank-{world.rank:05d}.bin")]
+        written = [WrittenObject(f"{folder}/rank-{world.rank:05d}.bin")]
         with self._store.writer(written[0].key) as writer:
             for name, tensor, shape, start in _owned(engine, queue, world):
                 written[0].add(writer.write, name, tensor, shape, start)
         if world.is_first:
-            written.append(_WrittenObject(f"{folder}/metrics.jsonl"))
+            written.append(WrittenObject(f"{folder}/metrics.jsonl"))
             with self._store.writer(written[1].key) as writer:
                 written[1].append(writer.write, metrics)
         return written
@@ -234,14 +176,14 @@ class Checkpoints:
         if not self._proven:
             prove_conditional_put(self._store)
             self._proven = True
-        document = _to_document(checkpoint)
+        document = to_document(checkpoint)
         winner = commit(self._store, checkpoint.key, document, attempt=checkpoint.attempt)
         if winner["attempt"] != checkpoint.attempt:
             for stored in checkpoint.objects:
                 self._store.delete(stored.key)
             raise CheckpointError(
-                f"another run has committed this step there (attempt {winner['attempt']}); two runs "
-                "must not share a prefix: stop one, or give this one another checkpoint.run"
+                f"another run has committed this step (attempt {winner['attempt']}); two runs must "
+                "not share a prefix: stop one, or give this one another checkpoint.run"
             )
 
     def _remove_old(self) -> None:
@@ -271,11 +213,11 @@ class Checkpoints:
     def _together(self, what: str, work: Callable[[], T]) -> T:
         """Do `work` on every rank and return this rank's result; fail on all if one fails."""
         value, failure = _attempt(work)
-        failures = [
-            f"rank {rank}: {each}" for rank, each in enumerate(self._world.gather(failure)) if each
-        ]
-        if failures:
-            raise CheckpointError(f"{what}: {'; '.join(failures)}")
+        failures = self._world.gather(failure)
+        failed = [rank for rank, each in enumerate(failures) if each]
+        if failed:
+            ranks = f"rank {failed[0]}" + (f" and {len(failed) - 1} more" if failed[1:] else "")
+            raise CheckpointError(f"{what} ({ranks}): {failures[failed[0]]}")
         return value  # type: ignore[return-value]
 
     def _on_first(self, what: str, work: Callable[[], T]) -> T:
@@ -296,39 +238,6 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 # --------------------------------------------------------------------------------------------------
 # writing
-
-
-class _WrittenObject:
-    """What one rank has written into one object: its size, its checksum, and which tensors."""
-
-    def __init__(self, key: str) -> None:
-        self.key = key
-        self.size_bytes = 0
-        self.crc32c = 0
-        self.tensors: dict[str, StoredTensor] = {}
-
-    def add(
-        self,
-        write: Callable[[bytes], None],
-        name: str,
-        tensor: Tensor,
-        shape: tuple[int, ...],
-        start: int,
-    ) -> None:
-        """Append a flat tensor: elements `start` … of the named tensor of that shape."""
-        stored = self.tensors.setdefault(name, StoredTensor(_dtype_name(tensor), shape))
-        for block in tensor.split(PIECE_BYTES // tensor.element_size()):
-            data = block.cpu().view(torch.uint8).numpy().tobytes()
-            place = Piece(start, len(block), 0, self.size_bytes, google_crc32c.value(data))
-            stored.pieces.append(place)
-            self.append(write, data)
-            start += len(block)
-
-    def append(self, write: Callable[[bytes], None], data: bytes) -> None:
-        """Append bytes that are no tensor."""
-        write(data)
-        self.size_bytes += len(data)
-        self.crc32c = google_crc32c.extend(self.crc32c, data)
 
 
 _Owned = tuple[str, Tensor, tuple[int, ...], int]
@@ -375,50 +284,21 @@ def _generators(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _joined(
-    parts: Sequence[Sequence[_WrittenObject]],
-    step: int,
-    attempt: str,
-    world: World,
-    queue: FeatureQueue | None,
-    state: Mapping[str, Any],
-) -> Checkpoint:
-    """One checkpoint from what all ranks have written."""
-    written = [each for part in parts for each in part]
-    tensors: dict[str, StoredTensor] = {}
-    for number, each in enumerate(written):
-        for name, part in each.tensors.items():
-            whole = tensors.setdefault(name, StoredTensor(part.dtype, part.shape))
-            whole.pieces += [piece._replace(object=number) for piece in part.pieces]
-    return Checkpoint(
-        step=step,
-        attempt=attempt,
-        world_size=world.world_size,
-        time=datetime.now(UTC).isoformat(timespec="seconds"),
-        objects=tuple(StoredObject(each.key, each.size_bytes, each.crc32c) for each in written),
-        tensors=tensors,
-        queue=queue and {"num_pushes": queue.num_pushes, "batch_size": queue.batch_size},
-        state=dict(state),
-    )
+def _queue_sizes(queue: FeatureQueue | None) -> dict[str, int] | None:
+    if queue is None:
+        return None
+    return {"num_pushes": queue.num_pushes, "batch_size": queue.batch_size}
 
 
 # --------------------------------------------------------------------------------------------------
 # reading
 
 
-@dataclass(frozen=True)
-class _Target:
-    """A stretch of a named tensor to read, and where its elements go."""
-
-    name: str
-    start: int
-    length: int
-    put: Callable[[Tensor], object]
-    dtype: str
+_Target = tuple[Wanted, Callable[[Tensor], object]]
 
 
 def _targets(checkpoint: Checkpoint, engine: Engine, world: World) -> list[_Target]:
-    """Everything this rank takes from a checkpoint but the queue."""
+    """Everything this rank takes from a checkpoint but the queue, and who receives it."""
     _check_model(checkpoint, engine.module)
     targets = []
     for each in engine.fragments():
@@ -432,23 +312,17 @@ def _targets(checkpoint: Checkpoint, engine: Engine, world: World) -> list[_Targ
 
 
 def _target(name: str, flat: Tensor, start: int) -> _Target:
-    return _Target(name, start, len(flat), flat.copy_, _dtype_name(flat))
+    return Wanted(name, start, len(flat), dtype_name(flat)), flat.copy_
 
 
 def _generator_targets(checkpoint: Checkpoint, world: World) -> Iterator[_Target]:
-    setters = {"": torch.set_rng_state}
+    setters: dict[str, Callable[[Tensor], object]] = {"": torch.set_rng_state}
     if world.device.type == "cuda":
         setters["-cuda"] = torch.cuda.set_rng_state
     for suffix, put in setters.items():
         name = f"rng/{world.rank:05d}{suffix}"
-        if name in checkpoint.tensors:  # a run may move to another kind of device
-            yield _Target(name, 0, checkpoint.tensors[name].shape[0], put, "uint8")
-
-
-def _apply(targets: Sequence[_Target], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for target, value in zip(targets, values, strict=True):
-            target.put(value)
+        if name in checkpoint.tensors:  # not if the run moves to another kind of device
+            yield Wanted(name, 0, checkpoint.tensors[name].shape[0], "uint8"), put
 
 
 def _check_model(checkpoint: Checkpoint, module: nn.Module) -> None:
@@ -467,86 +341,128 @@ def _check_model(checkpoint: Checkpoint, module: nn.Module) -> None:
         )
 
 
-def _queue_rows(reader: "_Reader", queue: FeatureQueue | None, world: World) -> Tensor | None:
-    """This rank's rows of the saved queue, [A, L / world_size, D]; None if none was saved.
-
-    Every rank's rows are its shares of past global batches, newest first. Put together by age they
-    are dealt out again, batch by batch, as if this number of ranks had pushed them.
-    """
-    checkpoint = reader.checkpoint
+def _queue_state(
+    checkpoint: Checkpoint, reader: Reader, queue: FeatureQueue | None, world: World
+) -> dict[str, Any] | None:
+    """This rank's state of the saved queue, None if none was saved."""
     if checkpoint.queue is None:
         return None
     if queue is None:
         raise CheckpointError("it carries a feature queue and this run has none: see section queue")
-    size, world_size = checkpoint.queue["batch_size"], checkpoint.world_size
-    same = (size, world_size) == (queue.batch_size, world.world_size)
-    ranks = [world.rank] if same else range(world_size)
-    parts_ALD = [reader.read_whole(f"queue/{rank:05d}") for rank in ranks]
-    if same:
-        rows_ALD = parts_ALD[0]
+    sizes = checkpoint.queue["batch_size"], checkpoint.world_size
+    if sizes == (queue.batch_size, world.world_size):
+        [rows_ALD] = reader.read_whole([f"queue/{world.rank:05d}"])
     else:
-        by_age = torch.stack([part.unflatten(1, (-1, size)) for part in parts_ALD], dim=2)
-        rows_ALD = by_age.flatten(1, 3)  # [A, pushes, world, B, D] -> [A, L, D]
-        if size * world_size != queue.batch_size * world.world_size:
-            raise CheckpointError("its feature queue is of another global batch size")
-        dealt = rows_ALD.unflatten(1, (-1, world.world_size, queue.batch_size))
-        rows_ALD = dealt[:, :, world.rank].flatten(1, 2)
+        parts = reader.read_whole([f"queue/{rank:05d}" for rank in range(checkpoint.world_size)])
+        rows_ALD = _deal_queue(parts, sizes[0], queue.batch_size, world)
     if rows_ALD.shape != queue.features.shape:
         raise CheckpointError(
             f"its feature queue is {tuple(rows_ALD.shape)} a rank, this run's "
             f"{tuple(queue.features.shape)}; resume with the queue section it was trained with"
         )
-    return rows_ALD
+    return {"features": rows_ALD, "num_pushes": checkpoint.queue["num_pushes"]}
 
 
-class _Reader:
-    """Reads tensors of one checkpoint, checking every piece it touches."""
+def _deal_queue(parts: Sequence[Tensor], saved_batch: int, batch: int, world: World) -> Tensor:
+    """The rows this rank would hold, had this world pushed the same global batches.
 
-    def __init__(self, store: Store, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self._store = store
+    A rank's rows are its shares of the past global batches, newest first: put the shares of each
+    together again, then cut each batch for this world.
+    """
+    if saved_batch * len(parts) != batch * world.world_size:
+        raise CheckpointError(
+            f"its feature queue is of global batches of {saved_batch * len(parts)}, this run's of "
+            f"{batch * world.world_size}; resume with the batch size it was trained with"
+        )
+    num_crops, num_rows, feat_dim = parts[0].shape
+    shape = (num_crops, num_rows // saved_batch, saved_batch, feat_dim)
+    batches_APGD = torch.cat([part.view(shape) for part in parts], dim=2)
+    mine_APBD = batches_APGD[:, :, world.rank * batch :][:, :, :batch]
+    return mine_APBD.flatten(1, 2)
 
-    def read_whole(self, name: str) -> Tensor:
-        """A tensor, on the host."""
-        stored = self.checkpoint.tensors[name]
-        target = _Target(name, 0, _numel(stored.shape), print, stored.dtype)
-        return self.read([target])[0].view(stored.shape)
 
-    def read(self, targets: Sequence[_Target]) -> list[Tensor]:
-        """The flat tensors the targets ask for, on the host.
+def _read_or_damage(store: Store, step: int) -> tuple[Checkpoint | None, str]:
+    try:
+        return read_checkpoint(store, step), ""
+    except ManifestError as error:
+        return None, str(error)
 
-        Raises CheckpointError for bytes whose checksum is wrong, and for dtypes that differ.
-        """
-        values = [torch.empty(each.length, dtype=getattr(torch, each.dtype)) for each in targets]
-        uses: dict[Piece, list[tuple[_Target, Tensor]]] = {}
-        for target, value in zip(targets, values, strict=True):
-            for piece in self._pieces(target):
-                uses.setdefault(piece, []).append((target, value))
-        with ThreadPoolExecutor(READS_IN_FLIGHT) as pool:
-            for _ in pool.map(lambda run: self._read_run(run, uses), _runs(uses, self._end)):
-                pass
-        return values
 
-    def _pieces(self, target: _Target) -> list[Piece]:
-        stored = self.checkpoint.tensors[target.name]
-        if stored.dtype != target.dtype:
-            raise CheckpointError(f"{target.name} is {stored.dtype} there, {target.dtype} here")
-        found = [piece for piece in stored.pieces if _overlap(piece, target)]
-        if sum(len(_overlap(piece, target)) for piece in found) != target.length:
-            raise CheckpointError(f"its manifest does not hold {target.name} whole")
-        return found
+# --------------------------------------------------------------------------------------------------
+# command line
 
-    def _read_run(
-        self, run: Sequence[Piece], uses: Mapping[Piece, list[tuple[_Target, Tensor]]]
-    ) -> None:
-        key, begin = self.checkpoint.objects[run[0].object].key, run[0].offset_bytes
-        end = max(self._end(piece, uses[piece][0][1].element_size()) for piece in run)
-        body = memoryview(self._store.get_range(key, begin, end - begin))
-        for piece in run:
-            size = piece.length * uses[piece][0][1].element_size()
-            data = bytes(body[piece.offset_bytes - begin :][:size])
-            if google_crc32c.value(data) != piece.crc32c:
-                where = f"{self._store.url_of(key)}, {size} bytes at {piece.offset_bytes}"
-                raise CheckpointError(f"{where}: damaged, its checksum is wrong")
-            for target, value in uses[piece]:
-                _copy_overlap(piece, data, target, value)
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ls`, `verify` or `rm`; the result goes to stdout."""
+    options = _parser().parse_args(arguments)
+    store = open_store(options.run)
+    steps = [options.step] if options.step is not None else saved_steps(store)
+    if not steps:
+        raise CheckpointError(f"{store.url} has no checkpoints: check the URL of the run")
+    command: Callable[[Store, Sequence[int]], None] = options.command
+    command(store, steps)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.checkpoint", description="Look after the checkpoints of a run."
+    )
+    commands = parser.add_subparsers(required=True, metavar="ls|verify|rm")
+    for name, command, text in (
+        ("ls", _ls, "list the checkpoints; sizes are compared, contents are not read"),
+        ("verify", _verify, "read every byte back and compare the checksums"),
+        ("rm", _rm, "remove one checkpoint"),
+    ):
+        each = commands.add_parser(name, help=text, description=text)
+        each.add_argument(
+            "run", help="the run's prefix: s3://bucket/runs/name, file:///… or a path"
+        )
+        each.add_argument("--step", type=int, required=name == "rm", help="only this checkpoint")
+        each.set_defaults(command=command)
+    return parser
+
+
+def _ls(store: Store, steps: Sequence[int]) -> None:
+    _say(f"{'step':>9}  {'time':25}  {'size':>10}  {'world':>5}  status")
+    for step in steps:
+        checkpoint, problem = _read_or_damage(store, step)
+        if checkpoint is None:
+            _say(f"{step:>9}  {'':25}  {'':>10}  {'':>5}  {problem}")
+            continue
+        size, world_size = f"{checkpoint.size_bytes / 1e6:.1f} MB", checkpoint.world_size
+        status = _incomplete(store, checkpoint) or "complete"
+        _say(f"{step:>9}  {checkpoint.time:25}  {size:>10}  {world_size:>5}  {status}")
+
+
+def _incomplete(store: Store, checkpoint: Checkpoint) -> str | None:
+    for stored in checkpoint.objects:
+        info = store.head(stored.key)
+        if info is None or info.size_bytes != stored.size_bytes:
+            return f"damaged: {stored.key}"
+    return None
+
+
+def _verify(store: Store, steps: Sequence[int]) -> None:
+    problems = []
+    for step in steps:
+        checkpoint, problem = _read_or_damage(store, step)
+        found = damage(store, checkpoint.objects) if checkpoint else [problem]
+        problems += [f"checkpoint {step}: {each}" for each in found]
+        _say(f"checkpoint {step}: {'damaged' if found else 'verified'}")
+    if problems:
+        raise CheckpointError("\n  ".join([f"{len(problems)} damaged:", *problems]))
+
+
+def _rm(store: Store, steps: Sequence[int]) -> None:
+    for step in steps:
+        remove(store, step)
+        _say(f"removed checkpoint {step}")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

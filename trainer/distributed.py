@@ -86,6 +86,11 @@ def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
     return World(rank, local_rank, world_size, device)
 
 
+def launched_rank() -> int:
+    """The rank the launcher gave this process, 0 without one; known before any world is started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def stop_world() -> None:
     """Leave the world after a run that went well; a failing rank just exits.
 

@@ -1,8 +1,9 @@
 """What a run says of itself: JSON lines, TensorBoard, a progress bar; called by the loop, on rank
 0.
 
-The lines since the last checkpoint travel inside it, so that the curve of a run survives the
-machine it was measured on and shows each step once, however often the run was cut and resumed.
+All lines so far travel inside every checkpoint, so that the curve of a run survives the machine it
+was measured on and shows each step once, however often the run was cut and resumed. A line is some
+300 bytes: 100,000 steps logged every tenth make 3 MB.
 """
 
 import json
@@ -18,7 +19,9 @@ from tqdm import tqdm
 class MetricsLog:
     """Writes one record a logged step: metrics.jsonl and TensorBoard's files in `directory`."""
 
-    def __init__(self, directory: str, *, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, directory: str, *, history: bytes, first_step: int, total_steps: int
+    ) -> None:
         # Imported here: TensorBoard takes half a second, and only rank 0 needs it.
         from torch.utils.tensorboard import SummaryWriter
 
@@ -29,23 +32,22 @@ class MetricsLog:
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", desc="train", disable=None
         )
-        self._since_checkpoint: list[str] = []
+        self._lines = [history]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log one record; "step" is the step's number, from 0."""
-        line = json.dumps(record)
-        self._since_checkpoint.append(line)
-        self._file.write(line + "\n")
+        line = json.dumps(record) + "\n"
+        self._lines.append(line.encode())
+        self._file.write(line)
         self._file.flush()
         for name, value in record.items():
             if name not in ("step", "time") and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
         self._show(record)
 
-    def take_since_checkpoint(self) -> bytes:
-        """The lines written since the last call, for the checkpoint to carry."""
-        lines, self._since_checkpoint = self._since_checkpoint, []
-        return "".join(line + "\n" for line in lines).encode()
+    def all_lines(self) -> bytes:
+        """The records of the run from its first step on, those before a resume included."""
+        return b"".join(self._lines)
 
     def __enter__(self) -> Self:
         return self

@@ -1,12 +1,15 @@
-"""LARC: SGD with momentum whose gradients are scaled tensor by tensor, exact under ZeRO's flat
-partitions.
+"""LARC: SGD with momentum and a learning rate for every tensor, exact under ZeRO's flat partitions.
 
 You, Gitman, Ginsburg 2017 (LARS), in the form SwAV trains with: NVIDIA apex's LARC around torch's
 SGD. For every parameter w with gradient g, over the whole parameter,
 
-    trust_ratio = trust_coefficient · ‖w‖ / (‖g‖ + weight_decay · ‖w‖ + eps)      (clip: min(that /
-    lr, 1)) update = trust_ratio · (g + weight_decay · w)           or g alone, no decay, when ‖w‖
-    or ‖g‖ is zero buffer = momentum · buffer + update;   w = w - lr · buffer
+    trust_ratio = trust_coefficient · ‖w‖ / (‖g‖ + weight_decay · ‖w‖ + eps)
+    update      = trust_ratio · (g + weight_decay · w)
+    buffer      = momentum · buffer + update
+    w           = w - lr · buffer
+
+When ‖w‖ or ‖g‖ is zero, update = g, without decay. With `clip` the ratio is
+min(trust_ratio / lr, 1): the plain learning rate is then an upper bound.
 
 ZeRO gives an optimizer one flat tensor per parameter group, holding this rank's share of parameters
 that are cut anywhere. Norms taken of that tensor are silently wrong. `bind` therefore tells which
@@ -137,14 +140,13 @@ class LARC(Optimizer):
         }
         super().__init__(params, defaults)
         self._tables: dict[int, SegmentTable] = {}
-        self._slot_indices: dict[tuple[int, ...], Tensor] = {}
+        self._slot_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def bind(self, segments: Mapping[int, SegmentTable]) -> None:
-        """Say what the flat tensors in the parameter groups hold, by `id(tensor)`; replaces what
-        was bound.
+        """Say what the flat tensors in the parameter groups hold, by `id(tensor)`.
 
-        Tensors that are not named are whole parameters, complete on this rank. Raises ValueError
-        when a group mixes both, or process groups.
+        Replaces what was bound before. Tensors that are not named are whole parameters, complete on
+        this rank. Raises ValueError when a group mixes both, or process groups.
         """
         for group in self.param_groups:
             tables = [segments.get(id(tensor)) for tensor in group["params"]]
@@ -219,9 +221,9 @@ class LARC(Optimizer):
 
     def _slot_index(self, pieces: _Pieces) -> Tensor:
         """`slots` on the device; kept, because copying them there waits for the device."""
-        key = tuple(pieces.slots)
+        key = pieces.params[0].device, tuple(pieces.slots)
         if key not in self._slot_indices:
-            self._slot_indices[key] = torch.tensor(key, device=pieces.params[0].device)
+            self._slot_indices[key] = torch.tensor(pieces.slots, device=key[0])
         return self._slot_indices[key]
 
 
@@ -242,14 +244,13 @@ def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: everything else, then the prototypes, so that those can be frozen and normalised
-    alone.
+    """Two groups: everything else, then the prototypes, which are frozen and normalised alone.
 
     `model` has its prototypes in the attribute `prototypes`. Order within a group is the model's.
     """
     prototypes = list(model.get_submodule("prototypes").parameters())
-    names = {id(parameter) for parameter in prototypes}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in names]
+    taken = {id(parameter) for parameter in prototypes}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
     return [{"params": others, "frozen": False}, {"params": prototypes, "frozen": False}]
 
 
@@ -257,8 +258,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 def normalize_rows(
     weight: Tensor, *, shape: tuple[int, int] | None = None, table: SegmentTable | None = None
 ) -> None:
-    """Give every row of a matrix the L2 norm one, in place: row / max(‖row‖, 1e-12), as
-    F.normalize.
+    """Divide every row of a matrix by max(its L2 norm, 1e-12), in place, as F.normalize does.
 
     Without a table `weight` [K, D] is the matrix. With one, `weight` is this rank's flat partition
     of a group whose only parameter is the matrix, of `shape` (K, D); rows may straddle ranks. The
@@ -301,9 +301,8 @@ class _RowPiece:
         """Float64 [rows touched, D], zeros for what lies outside the piece."""
         num_rows = self.rows.stop - self.rows.start
         tail = num_rows * self.row_length - self.lead - self.values.numel()
-        return nn.functional.pad(self.values.double(), (self.lead, tail)).view(
-            num_rows, self.row_length
-        )
+        padded = nn.functional.pad(self.values.double(), (self.lead, tail))
+        return padded.view(num_rows, self.row_length)
 
     def divide(self, norms: Tensor) -> None:
         divided = self.padded_rows().div_(norms[self.rows, None]).flatten()

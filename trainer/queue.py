@@ -9,7 +9,7 @@ As in the reference the queue takes part only once it is completely filled. The 
 out by looking at the last row, which waits for the device; here the host counts the pushes.
 
 Shapes: A assigned crops, B samples of this rank a step, L the length over all ranks, D feature
-    dimension.
+dimension.
 """
 
 from dataclasses import dataclass

@@ -21,9 +21,7 @@ class ScheduleConfig:
     start_lr: Annotated[float, Ge(0)] = 0.3  # of the warm-up's first step
     warmup_epochs: Annotated[int, Ge(0)] = 10
     warmup_steps: Annotated[int, Ge(-1)] = -1  # -1: warmup_epochs' worth
-    freeze_prototypes_steps: Annotated[int, Ge(0)] = (
-        313  # the first steps leave the prototypes alone
-    )
+    freeze_prototypes_steps: Annotated[int, Ge(0)] = 313  # first steps without prototype updates
 
 
 def warmup_cosine(

@@ -1,16 +1,14 @@
 """Sinkhorn-Knopp: turn the scores of a batch into codes that use all prototypes equally.
 
 SwAV (Caron et al. 2020, section 3.1 and appendix A) projects exp(scores / epsilon) on the
-transportation
-polytope: every prototype gets the same mass, every sample the mass one. Called once per assigned
-    crop by the
-training step.
+transportation polytope: every prototype gets the same mass, every sample the mass one. Called once
+per assigned crop by the training step.
 
-Where we differ from the reference: everything happens on logarithms, in float64. exp(score / epsilon)
-leaves float32 for epsilon below about 0.011 with cosine scores, and a prototype that no sample likes
-sums to zero, 0 / 0; neither can happen here, and no value is ever looked at by the host. Logarithms
-of some hundreds would cost float32 two of its seven digits; a batch's scores are so few that float64
-costs nothing.
+Where we differ from the reference: everything happens on logarithms, in float64. exp(score /
+epsilon) leaves float32 for epsilon below about 0.011 with cosine scores, and a prototype that no
+sample likes sums to zero, 0 / 0; neither can happen here, and no value is ever looked at by the
+host. Logarithms of some hundreds would cost float32 two of its seven digits, and the scores of a
+batch are few.
 
 Shapes: B samples of this rank, K prototypes.
 """

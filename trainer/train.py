@@ -64,9 +64,10 @@ def train(config: "Config", world: World) -> int:
     engine = _build_engine(config, world)
     queue = _build_queue(config, world, loader)
     quarantine: list[dict[str, Any]] = []
+    history = b""
     if checkpoint is not None:
-        checkpoints.restore(checkpoint, engine, queue=queue)
-        quarantine = checkpoint.state["quarantine"]
+        quarantine = checkpoints.restore(checkpoint, engine, queue=queue)["quarantine"]
+        history = checkpoints.metrics(checkpoint) if world.is_first else b""
 
     total_steps = config.train.epochs * loader.steps_per_epoch
     first_step = checkpoint.step if checkpoint else 0
@@ -80,11 +81,13 @@ def train(config: "Config", world: World) -> int:
             "quarantine": quarantine + found,
             "config": dump_config(config),
         }
-        metrics = log.take_since_checkpoint() if log else b""
+        metrics = log.all_lines() if log else b""
         checkpoints.save(step, engine, queue=queue, state=state, metrics=metrics)
 
     opened = (
-        MetricsLog(config.train.log_dir, first_step=first_step, total_steps=total_steps)
+        MetricsLog(
+            config.train.log_dir, history=history, first_step=first_step, total_steps=total_steps
+        )
         if world.is_first
         else nullcontext()
     )
@@ -127,22 +130,18 @@ def train(config: "Config", world: World) -> int:
 
 
 def together(world: World, build: Callable[[], T]) -> T:
-    """Do on every rank what may fail by a user's mistake; a failure ends all ranks, told once.
-
-    The first rank that failed raises its error; the others leave silently with the same exit code.
-    """
+    """Do on every rank what may fail by a user's mistake; if one fails all end, told once."""
     result, failure = None, None
     try:
         result = build()
     except CropstreamError as error:
         failure = error
-    failures = world.gather(failure)
-    first = next((rank for rank, each in enumerate(failures) if each is not None), None)
-    if first is None:
-        return result  # type: ignore[return-value]
-    if first == world.rank:
-        raise failures[first]
-    sys.exit(failures[first].exit_code)
+    failures = [each for each in world.gather(failure) if each is not None]
+    if failures:
+        if world.is_first:
+            raise failures[0]
+        sys.exit(failures[0].exit_code)
+    return result  # type: ignore[return-value]
 
 
 def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> MultiCropLoader:

@@ -1,6 +1,7 @@
 """The golden trajectories (tests/golden/README.md): 25 steps of the reference, run through ours."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from tests.support import golden
-from trainer.engine import Engine
+from trainer.distributed import World
+from trainer.engine import DeepSpeedEngine, Engine, EngineConfig, PlainEngine
 from trainer.models import SwAVModel
 from trainer.models.batchnorm import convert_sync_batchnorm
 from trainer.models.resnet import ResNet
@@ -49,7 +51,7 @@ class PlainNet(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One golden file seen by one rank; with `split`, world size 2 runs a world size 1 file."""
+    """One golden file seen by one rank. A file of world size 1 is split over two ranks."""
 
     name: str
     dtype: torch.dtype = torch.float32
@@ -98,7 +100,9 @@ class Case:
     def key(self, golden_key: str) -> str:
         """Our name of a golden parameter."""
         in_trunk = not golden_key.startswith(("projection_head", "prototypes"))
-        return f"backbone.{golden_key}" if in_trunk and self.meta["model"] != "plain" else golden_key
+        return (
+            f"backbone.{golden_key}" if in_trunk and self.meta["model"] != "plain" else golden_key
+        )
 
     def optimizer(self, model: nn.Module) -> LARC:
         meta = self.meta
@@ -122,8 +126,16 @@ class Case:
             dtype=self.dtype,
         )
 
+    def queued(self, step: int) -> Tensor:
+        """This rank's rows of the queue before the snapshot of a step."""
+        rows = golden.tensor(self.name, f"snap{step}__queue_before")
+        if not self.is_split:
+            return rows[self.rank]
+        batches = rows[0].unflatten(1, (-1, self.world_size, self.batch_size))
+        return batches[:, :, self.rank].flatten(1, 2)
+
     def crops(self, step: int) -> list[Tensor]:
-        """Step `step`'s batch of this rank: one tensor [V_g*B, 3, s, s] a resolution, crop-major."""
+        """This rank's batch of a step: a tensor [V_g*B, 3, s, s] a resolution, crop-major."""
         batch = step % self.meta["iters_per_epoch"]
         return [self._crops_of(group, batch) for group in range(len(self.meta["nmb_crops"]))]
 
@@ -133,7 +145,7 @@ class Case:
         if self.is_split:
             mine = mine[self.rank * self.batch_size :][: self.batch_size]
         images = torch.tensor(mine).transpose(0, 1).flatten(0, 1)
-        return list_of_runs(images.to(self.dtype))
+        return images.to(self.dtype)
 
     def lr(self, step: int) -> float:
         meta = self.meta
@@ -147,14 +159,10 @@ class Case:
         )
 
     def loss(self) -> Tensor:
-        """The golden losses this rank's should equal: float64 [T], of its own or of both halves."""
+        """What `run` should find on this rank: float64 [T]."""
         kind = "f64" if self.dtype == torch.float64 else "f32"
         losses = golden.tensor(self.name, f"loss_{kind}")
         return losses[0 if self.is_split else self.rank]
-
-
-def list_of_runs(images: Tensor) -> Tensor:
-    return images.contiguous()
 
 
 @dataclass
@@ -201,4 +209,20 @@ def one_step(case: Case, engine: Engine, queue: FeatureQueue | None, step: int) 
     return loss.item()
 
 
-EngineBuilder = Callable[[nn.Module, LARC, dist.ProcessGroup | None], Engine]
+def plain_engine(case: Case) -> PlainEngine:
+    """The case's model without DeepSpeed."""
+    model = case.model()
+    return PlainEngine(model, case.optimizer(model), case.group)
+
+
+def deepspeed_engine(case: Case, config: EngineConfig) -> DeepSpeedEngine:
+    """The case's model under DeepSpeed; in a process of `run_ranks`."""
+    model = case.model()
+    return DeepSpeedEngine(model, case.optimizer(model), config)
+
+
+def this_world() -> World:
+    """The world of a process of `run_ranks`, whose environment DeepSpeed will find in order."""
+    rank = dist.get_rank()
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(rank))
+    return World(rank, rank, dist.get_world_size(), torch.device("cpu"))

@@ -241,11 +241,13 @@ def test_a_checkpoint_of_another_model_is_refused():
 
 
 def _batchnorm_problem(name: str, dtype: torch.dtype) -> tuple[nn.Module, Tensor, Tensor]:
+    """A BatchNorm (bfloat16 problems have float32 parameters, as under autocast), x and dL/dy."""
     generator = torch.Generator().manual_seed(5)
     shape = {"1d": (10, 6), "2d": (10, 6, 3, 5)}[name]
-    x = torch.randn(shape, generator=generator, dtype=dtype) * 3 + 2
-    cotangent = torch.randn(shape, generator=generator, dtype=dtype)
-    norm: nn.Module = {"1d": nn.BatchNorm1d, "2d": nn.BatchNorm2d}[name](6, dtype=dtype)
+    x = (torch.randn(shape, generator=generator) * 3 + 2).to(dtype)
+    cotangent = torch.randn(shape, generator=generator).to(dtype)
+    width = torch.promote_types(dtype, torch.float32)
+    norm: nn.Module = {"1d": nn.BatchNorm1d, "2d": nn.BatchNorm2d}[name](6, dtype=width)
     with torch.no_grad():
         norm.weight.copy_(torch.rand(6, generator=generator) + 0.5)
         norm.bias.copy_(torch.randn(6, generator=generator))
@@ -276,23 +278,36 @@ def _rank_batchnorm(cases: list[tuple[str, torch.dtype]], cut: int) -> list[dict
     return results
 
 
+BATCHNORM_TOLERANCES = {torch.float32: 2e-6, torch.float64: 1e-12, torch.bfloat16: 2e-2}
+
+
 @pytest.mark.dist
 def test_batchnorm_over_two_ranks_equals_the_full_batch():
-    cases = [(name, dtype) for name in ("1d", "2d") for dtype in (torch.float32, torch.float64)]
+    cases = [(name, dtype) for name in ("1d", "2d") for dtype in BATCHNORM_TOLERANCES]
     by_rank = run_ranks(_rank_batchnorm, 2, cases, 4)  # ranks of 4 and 6 rows
     for number, (name, dtype) in enumerate(cases):
-        first, second = (results[number] for results in by_rank)
-        expected = _batchnorm_pass(*_batchnorm_problem(name, dtype))
-        atol = 2e-6 if dtype == torch.float32 else 1e-12
+        norm, x, cotangent = _batchnorm_problem(name, dtype)
+        expected = _batchnorm_pass(norm, x.to(norm.weight.dtype), cotangent.to(norm.weight.dtype))
+        results = _join_ranks(*(results[number] for results in by_rank))
         for key, target in expected.items():
-            if key in ("output", "grad"):
-                seen = torch.cat([first[key], second[key]])
-            elif key in ("weight", "bias"):
-                seen = first[key] + second[key]
-            else:
-                seen = first[key]
-                assert torch.equal(first[key], second[key])
-            torch.testing.assert_close(seen, target, rtol=2e-6 if atol > 1e-9 else 1e-12, atol=atol)
+            tolerance = BATCHNORM_TOLERANCES[dtype]
+            if key.startswith("state"):
+                tolerance = min(tolerance, 2e-6)
+            assert results[key].dtype == (dtype if key in ("output", "grad") else target.dtype)
+            seen = results[key].to(target.dtype)
+            torch.testing.assert_close(seen, target, rtol=tolerance, atol=tolerance)
+
+
+def _join_ranks(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert all(torch.equal(first[key], second[key]) for key in first if key.startswith("state"))
+    rows = {key: torch.cat([first[key], second[key]]) for key in ("output", "grad")}
+    sums = {key: first[key] + second[key] for key in ("weight", "bias")}
+    return first | rows | sums
+
+
+def test_a_cumulative_average_is_refused():
+    with pytest.raises(ValueError, match="give BatchNorm a momentum"):
+        convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3, momentum=None)), None)
 
 
 def _rank_tiny_model(precision: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pipeline.errors import UsageError, run_command
 
 _DESCRIPTION = """\
-Measure the frozen trunk of a run's checkpoint on a labelled data set (label = the input's sub-folder).
+Measure the frozen trunk of a run's checkpoint on a labelled data set (label = the input's
+sub-folder).
 
   python -m trainer.evaluate knn --run s3://bucket/runs/first --dataset s3://bucket/val \\
       --bank s3://bucket/train
@@ -45,7 +46,9 @@ def main() -> int:
 
 
 def run_knn(arguments: argparse.Namespace) -> int:
-    from trainer.evaluate.evaluation import Evaluation  # after --help, which need not wait for torch
+    from trainer.evaluate.evaluation import (
+        Evaluation,  # after --help, which need not wait for torch
+    )
 
     evaluation = Evaluation.of_run(
         arguments.run, step=arguments.step, size_px=arguments.size, batch_size=arguments.batch_size

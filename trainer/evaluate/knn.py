@@ -1,7 +1,7 @@
 """k nearest neighbours: what a frozen trunk knows, without training anything.
 
-The convention of DINO (dinov2, eval/knn.py): cosine similarity s to the k nearest, each voting for its label with
-weight exp(s / 0.07).
+The convention of DINO (dinov2, eval/knn.py): cosine similarity s to the k nearest, each voting for
+its label with weight exp(s / 0.07).
 """
 
 from collections.abc import Sequence

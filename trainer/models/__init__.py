@@ -49,9 +49,7 @@ class ModelConfig:
     """Section `model`. The defaults are SwAV's ResNet-50."""
 
     backbone: str = "resnet50"
-    hidden_dim: Annotated[int, Ge(0)] = (
-        2048  # of the projection head; 0: the head is one linear layer
-    )
+    hidden_dim: Annotated[int, Ge(0)] = 2048  # 0: the projection head is one linear layer
     num_hidden_layers: Annotated[int, Gt(0)] = 1  # SEER has 2
     head_batchnorm: bool = True
     feat_dim: Annotated[int, Gt(0)] = 128

@@ -7,8 +7,9 @@ names of BatchNorm:
     forward   per rank the mean and variance of each channel, one all_reduce of sums in float64
     backward  per rank the sums of dy and of dy · x̂, one all_reduce
 
-Both passes use torch's fused BatchNorm kernels for what is local, on the GPU too: there is one
-implementation. Statistics are at least float32 whatever autocast makes of the activations.
+Reductions and the forward pass are torch's own fused BatchNorm kernels, on the GPU too, and the
+gradient of the input is two elementwise operations, so one implementation serves every device.
+Statistics are at least float32 whatever autocast makes of the activations.
 """
 
 from typing import Any
@@ -18,8 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
-
-Statistics = tuple[Tensor, Tensor, Tensor]
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -96,47 +95,44 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, count, mean, var = ctx.saved_tensors
-        # As if mean and var were constants, scale = weight / sqrt(var + eps):
-        # dy · scale, Σ dy · x̂ and Σ dy.
-        fixed, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True]
+        # The kernel is told that the statistics are constants: that gives Σ dy · x̂ and Σ dy.
+        _, sum_grad_xhat, sum_grad = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = torch.stack([sum_grad_xhat, sum_grad])
         dist.all_reduce(sums, group=ctx.group)
-        grad_x = _through_statistics(fixed, x, weight, mean, var, sums / count, ctx.eps)
+        grad_x = _input_gradient(grad, x, weight, mean, torch.rsqrt(var + ctx.eps), sums / count)
         if weight is None:
             return grad_x, None, None, None, None, None, None, None
         return grad_x, sum_grad_xhat, sum_grad, None, None, None, None, None
 
 
-def _through_statistics(
-    fixed: Tensor,
+def _input_gradient(
+    grad: Tensor,
     x: Tensor,
     weight: Tensor | None,
     mean: Tensor,
-    var: Tensor,
+    rstd: Tensor,
     averages: Tensor,
-    eps: float,
 ) -> Tensor:
-    """dx = scale · (dy - avg(dy) - x̂ · avg(dy · x̂)), from `fixed` = scale · dy, overwritten."""
+    """scale · (dy - avg(dy) - x̂ · avg(dy · x̂)) with scale = weight · rstd, per channel affine in x.
+
+    Per-channel values are float32, so half-precision activations are rounded once, at the end.
+    """
     average_grad_xhat, average_grad = averages
-    rstd = torch.rsqrt(var + eps)
     scale = rstd if weight is None else rstd * weight
     slope = -scale * rstd * average_grad_xhat
     offset = -scale * average_grad - slope * mean
-    return fixed.addcmul_(x, _per_channel(slope, x)).add_(_per_channel(offset, x))
+    scale, slope, offset = (v.view(1, -1, *(1,) * (x.dim() - 2)) for v in (scale, slope, offset))
+    return torch.addcmul(offset, x, slope).addcmul_(grad, scale).to(x.dtype)
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    return values.to(like.dtype).view(1, -1, *(1,) * (like.dim() - 2))
+def _global_statistics(x: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """Count (rows · pixels, all ranks), mean and biased variance of every channel.
 
-
-def _global_statistics(x: Tensor, group: dist.ProcessGroup) -> Statistics:
-    """Rows·pixels of all ranks (float64), mean and biased variance (at least float32) of every
-    channel.
-
-    Each rank's mean and variance are taken by a stable kernel; only they are summed, in float64,
-    where E[x²] - E[x]² costs nothing that float32 could see.
+    The count is float64, the others at least float32. Each rank's mean and variance are taken by a
+    stable kernel; only they are summed, in float64, where E[x²] - E[x]² costs nothing that float32
+    could see.
     """
     mean, var = _local_statistics(x)
     wide_mean, wide_var = mean.double(), var.double()

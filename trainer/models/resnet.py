@@ -1,5 +1,4 @@
-"""ResNet trunks, plain and wide, with the parameter names of torchvision and of the SwAV
-checkpoints.
+"""ResNet trunks, plain and wide, with the parameter names of torchvision and of SwAV's checkpoints.
 
 He et al. 2016, with the stride of a bottleneck on its 3x3 convolution ("v1.5"). The wide ones are
 the reference's (facebookresearch/swav, src/resnet50.py): w2, w4 and w5 multiply every width, the

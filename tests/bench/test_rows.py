@@ -1,0 +1,44 @@
+"""The bench's own book-keeping, and that both sides of a comparison do the same work."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.bench.loader import Ours, Reference, photographs
+from tests.bench.rows import Row, merge, table
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "ok"),
+    [(7.0, ">= 7", True), (6.9, ">= 7", False), (2.5, "<= 2.5", True), (1.0, "", None)],
+)
+def test_targets(value: float, target: str, ok: bool | None) -> None:
+    assert Row("a.b", value, "x", target).ok is ok
+
+
+def test_measured_rows_replace_those_of_their_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "build" / "bench.json"
+    merge(path, [Row("a.one", 1, "x"), Row("a.two", 2, "x"), Row("b.one", 3, "x")])
+    merge(path, [Row("a.three", 4, "x", ">= 5")], prefix="a.")
+    rows = json.loads(path.read_text())
+    assert [(row["name"], row["value"], row["ok"]) for row in rows] == [
+        ("b.one", 3, None),
+        ("a.three", 4, False),
+    ]
+
+
+def test_table_is_aligned_and_names_the_verdict() -> None:
+    lines = table([Row("a.one", 1.23456, "x", ">= 7"), Row("a.longer", 8, "x", ">= 7")]).split("\n")
+    assert "MISSED" in lines[1]
+    assert " ok" in lines[2]
+    assert len({line.index(" x ") for line in lines[1:]}) == 1
+
+
+def test_both_loaders_give_the_same_crops_of_the_same_photographs() -> None:
+    files = photographs()[:2]
+    reference, ours = Reference()(files), Ours(len(files))(files)
+    sizes = [tuple(crop.shape) for crop in reference[1]]
+    assert sizes == [tuple(block.shape[2:]) for block in ours for _ in block]
+    assert all(block.dtype == torch.uint8 for block in ours)

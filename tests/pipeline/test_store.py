@@ -1,0 +1,333 @@
+"""One store, two backends: a real S3 server and a local directory must keep the same promises."""
+
+import os
+import pickle
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import botocore.session
+import pytest
+from botocore.config import Config
+
+from pipeline.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    UsageError,
+)
+from pipeline.store import PART_BYTES, Store, list_files, open_store, read_file, resolve
+from tests.support.s3_server import S3Server
+
+
+@pytest.fixture(params=["file", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        return open_store(request.getfixturevalue("s3_url"))
+    return open_store(f"file://{tmp_path}/not/there yet")
+
+
+@pytest.fixture
+def bucket_store(s3_url: str) -> Store:
+    return open_store(s3_url)
+
+
+def keys(store: Store, prefix: str = "") -> set[str]:
+    return {info.key for info in store.list(prefix)}
+
+
+def pending_uploads(s3: S3Server, key_part: str) -> list[str]:
+    """Multipart uploads that were begun and neither completed nor aborted."""
+    client = botocore.session.Session().create_client(
+        "s3", endpoint_url=s3.url, config=Config(s3={"addressing_style": "path"})
+    )
+    uploads = client.list_multipart_uploads(Bucket="cropstream").get("Uploads", [])
+    client.close()
+    return [upload["Key"] for upload in uploads if key_part in upload["Key"]]
+
+
+def test_objects_come_back(store: Store) -> None:
+    assert store.put_if_absent("a/b c+d%20é.bin", b"0123456789")
+    assert store.get("a/b c+d%20é.bin") == b"0123456789"
+    assert store.get_range("a/b c+d%20é.bin", 3, 4) == b"3456"
+    assert store.get_range("a/b c+d%20é.bin", 3, 0) == b""
+    info = store.head("a/b c+d%20é.bin")
+    assert info is not None
+    assert (info.key, info.size_bytes) == ("a/b c+d%20é.bin", 10)
+    assert abs(info.modified.timestamp() - time.time()) < 60
+
+
+def test_the_first_put_wins(store: Store) -> None:
+    assert store.put_if_absent("key", b"first")
+    assert not store.put_if_absent("key", b"second")
+    assert store.get("key") == b"first"
+
+
+def test_one_of_many_contenders_wins(store: Store) -> None:
+    barrier = threading.Barrier(12)
+
+    def contend(number: int) -> bool:
+        barrier.wait()
+        return store.put_if_absent("key", b"%d" % number)
+
+    with ThreadPoolExecutor(12) as threads:
+        wins = list(threads.map(contend, range(12)))
+    assert wins.count(True) == 1
+    assert store.get("key") == b"%d" % wins.index(True)
+
+
+def test_list_and_delete(store: Store) -> None:
+    for key in ("a/1", "a/2", "ab/3", "c"):
+        store.put_if_absent(key, b"x")
+    assert keys(store) == {"a/1", "a/2", "ab/3", "c"}
+    assert keys(store, "a") == {"a/1", "a/2"}
+    assert keys(store, "nothing") == set()
+    store.delete("a/1")
+    store.delete("a/1")
+    assert keys(store, "a") == {"a/2"}
+    assert store.head("a/1") is None
+
+
+@pytest.mark.parametrize("size", [0, 1, PART_BYTES, 2 * PART_BYTES + 3])
+def test_writer(store: Store, size: int) -> None:
+    body = os.urandom(size)
+    with store.writer("w/object") as writer:
+        for start in range(0, size, 1_000_003):
+            writer.write(body[start : start + 1_000_003])
+        assert store.head("w/object") is None
+    assert writer.info.size_bytes == writer.size_bytes == size
+    assert store.get("w/object") == body
+
+
+@pytest.mark.parametrize("size", [1, 2 * PART_BYTES + 3])
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_failed_writer_leaves_nothing(
+    store: Store, s3: S3Server, size: int, error: type[BaseException]
+) -> None:
+    def write_and_fail() -> None:
+        with store.writer("failed/object") as writer:
+            writer.write(bytes(size))
+            raise error
+
+    with pytest.raises(error):
+        write_and_fail()
+    assert store.head("failed/object") is None
+    assert keys(store) == set()
+    assert pending_uploads(s3, f"{store.url.rpartition('/')[2]}/failed") == []
+
+
+def test_errors_of_the_body_stay_what_they_are(store: Store) -> None:
+    with pytest.raises(FileNotFoundError), store.writer("key"):
+        raise FileNotFoundError("of the caller's own")
+
+
+def test_reader(store: Store) -> None:
+    body = os.urandom(PART_BYTES + 5000)
+    with store.writer("object") as writer:
+        writer.write(body)
+    reader = store.reader("object", len(body), tag=writer.info.tag)
+    assert reader.read(10) == body[:10]
+    assert reader.read(PART_BYTES) == body[10 : PART_BYTES + 10]
+    assert reader.read(PART_BYTES) == body[PART_BYTES + 10 :]
+    assert reader.read(1) == b""
+
+
+def test_missing(store: Store) -> None:
+    assert store.head("no") is None
+    with pytest.raises(ObjectMissingError, match=r"cannot read .*/no: there is no such object"):
+        store.get("no")
+    with pytest.raises(ObjectMissingError):
+        store.get_range("no", 0, 1)
+
+
+def test_too_short(store: Store) -> None:
+    store.put_if_absent("key", b"0123456789")
+    with pytest.raises(StoreError, match=r"/key"):
+        store.get_range("key", 5, 10)
+    with pytest.raises(StoreError, match=r"/key"):
+        store.get_range("key", 50, 10)
+
+
+def test_tags(bucket_store: Store) -> None:
+    bucket_store.put_if_absent("key", b"0123456789")
+    info = bucket_store.head("key")
+    assert info is not None
+    assert bucket_store.get_range("key", 0, 4, tag=info.tag) == b"0123"
+    bucket_store.delete("key")
+    bucket_store.put_if_absent("key", b"9876543210")
+    with pytest.raises(ObjectChangedError, match="/key"):
+        bucket_store.get_range("key", 0, 4, tag=info.tag)
+
+
+def test_resolve(store: Store) -> None:
+    store.put_if_absent("folder/key", b"x")
+    assert resolve(store, "folder/key") == (store, "folder/key")
+    elsewhere, key = resolve(open_store("/"), store.url_of("folder/key"))
+    assert elsewhere.get(key) == b"x"
+    assert resolve(store, store.url_of("folder/other"))[0] is elsewhere
+
+
+def test_pickle(store: Store) -> None:
+    store.put_if_absent("key", b"x")
+    assert pickle.loads(pickle.dumps(store)).get("key") == b"x"
+
+
+def test_opening_creates_nothing(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "typo")
+    assert store.url == f"file://{tmp_path}/typo"
+    assert list(store.list()) == []
+    assert not (tmp_path / "typo").exists()
+
+
+@pytest.mark.parametrize("url", ["http://host/x", "s3://", "s3:///x", "gs://b/p", "file://x/y"])
+def test_no_store(url: str) -> None:
+    with pytest.raises(UsageError, match="is no store"):
+        open_store(url)
+
+
+def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    open_store("data/../set").put_if_absent("key", b"x")
+    assert (tmp_path / "set" / "key").read_bytes() == b"x"
+
+
+# ----------------------------------------------------------------------------------------
+# what goes wrong
+
+
+@pytest.fixture
+def wrong_credentials(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    return s3_url
+
+
+def test_wrong_credentials(wrong_credentials: str) -> None:
+    store = open_store(wrong_credentials)
+    attempts = [
+        lambda: store.get("key"),
+        lambda: store.head("key"),
+        lambda: store.put_if_absent("key", b"x"),
+        lambda: list(store.list()),
+        lambda: list(list_files(wrong_credentials)),
+        lambda: read_file(f"{wrong_credentials}/key"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(AccessDeniedError, match="check AWS_ACCESS_KEY_ID") as caught:
+            attempt()
+        assert wrong_credentials in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert os.environ["AWS_ACCESS_KEY_ID"] not in str(caught.value)
+    with pytest.raises(AccessDeniedError), store.writer("key") as writer:
+        writer.write(b"x")
+
+
+def test_no_credentials(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(AccessDeniedError, match="no AWS credentials found"):
+        open_store(s3_url)
+
+
+def test_unknown_profile(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UsageError, match="nobody"):
+        open_store(s3_url)
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+def test_nobody_listens(s3_url: str, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
+    started = time.monotonic()
+    for attempt in (lambda: open_store(s3_url).get("key"), lambda: list(list_files(s3_url))):
+        with pytest.raises(StoreError, match="AWS_ENDPOINT_URL") as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert time.monotonic() - started < 15
+
+
+def test_an_awkward_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreError, match="cannot write"):
+        open_store(tmp_path / "file").put_if_absent("key", b"x")
+    with pytest.raises(StoreError, match="cannot write"), open_store(tmp_path / "file").writer("k"):
+        pass
+
+
+def test_settings_from_files(s3: S3Server, s3_url: str, tmp_path: Path) -> None:
+    """A profile of ~/.aws with its own endpoint is as good as the environment."""
+    access, secret = s3.environment["AWS_ACCESS_KEY_ID"], s3.environment["AWS_SECRET_ACCESS_KEY"]
+    (tmp_path / "credentials").write_text(
+        f"[lab]\naws_access_key_id = {access}\naws_secret_access_key = {secret}\n"
+    )
+    (tmp_path / "config").write_text(f"[profile lab]\nregion = eu-x\nendpoint_url = {s3.url}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in s3.environment:
+            patch.delenv(name)
+        patch.setenv("AWS_PROFILE", "lab")
+        patch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        assert open_store(s3_url).put_if_absent("key", b"x")
+        assert [file.path for file in list_files(s3_url)] == ["key"]
+
+
+# ----------------------------------------------------------------------------------------
+# sources
+
+
+def test_sources(store: Store) -> None:
+    for key in ("a/1.jpg", "a/b/2.jpg", "3 %20é.jpg"):
+        store.put_if_absent(key, key.encode())
+    files = {file.path: file for file in list_files(store.url)}
+    assert set(files) == {"a/1.jpg", "a/b/2.jpg", "3 %20é.jpg"}
+    for path, file in files.items():
+        assert read_file(file.url) == path.encode()
+        assert file.size_bytes == len(path.encode())
+        assert file.tag
+
+
+def test_a_listing_of_several_pages(bucket_store: Store) -> None:
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(lambda n: bucket_store.put_if_absent(f"f/{n}", b""), range(1100)))
+    assert len(list(list_files(f"{bucket_store.url}/f/"))) == 1100
+    assert len(keys(bucket_store)) == 1100
+
+
+def test_other_filesystems() -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/images/a/1.jpg", b"one")
+    memory.pipe("/images/2.jpg", b"two!")
+    files = sorted(list_files("memory://images"), key=lambda file: file.path)
+    assert [(f.path, f.size_bytes) for f in files] == [("2.jpg", 4), ("a/1.jpg", 3)]
+    assert [read_file(f.url) for f in files] == [b"two!", b"one"]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "root" / "a").mkdir(parents=True)
+    (tmp_path / "root" / "a" / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "root" / "a" / "loop").symlink_to(tmp_path / "root")
+    (tmp_path / "root" / "broken").symlink_to(tmp_path / "nothing")
+    assert [file.path for file in list_files(str(tmp_path / "root"))] == ["a/link/1.jpg"]
+
+
+@pytest.mark.parametrize("url", ["nothing/here", "s3://no-such-bucket-here/x", "blah://x"])
+def test_missing_sources(s3: S3Server, url: str) -> None:
+    with pytest.raises((ObjectMissingError, UsageError), match=r"cannot list .*(here|blah)"):
+        list(list_files(url))
+
+
+def test_a_prefix_without_objects_is_empty(s3_url: str) -> None:
+    assert list(list_files(s3_url)) == []
