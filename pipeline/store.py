@@ -308,7 +308,8 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return _open_directory(Path(rest))
     if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
         bucket, _, prefix = rest.strip("/").partition("/")
-        return Store(f"s3://{bucket}/{prefix}".rstrip("/"), _open_bucket(bucket), prefix)
+        backend = _open_bucket(bucket, _aws_environment())
+        return Store(f"s3://{bucket}/{prefix}".rstrip("/"), backend, prefix)
     raise UsageError(
         f"{text!r} is no store: expected s3://bucket/prefix, file:///directory or a local path"
     )
@@ -319,7 +320,7 @@ def resolve(base: Store, key_or_url: str) -> tuple[Store, str]:
     if "://" not in key_or_url:
         return base, key_or_url
     folder, _, name = key_or_url.rpartition("/")
-    return _open_cached(folder), name
+    return open_store(folder), name
 
 
 def list_files(url: str) -> Iterator[SourceFile]:
@@ -349,9 +350,6 @@ def read_file(url: str) -> bytes:
 # opening
 
 
-_open_cached = functools.lru_cache(maxsize=64)(open_store)
-
-
 def _open_directory(path: Path) -> Store:
     # Rooted at "/" so that opening (to read, with a typing error perhaps) never creates the
     # directory.
@@ -359,8 +357,10 @@ def _open_directory(path: Path) -> Store:
     return Store(f"file://{text}", LocalStore(), text.strip("/"))
 
 
-def _open_bucket(bucket: str) -> S3Store:
-    settings = _read_aws_settings(_aws_environment())
+@functools.lru_cache(maxsize=64)
+def _open_bucket(bucket: str, environment: tuple[tuple[str, str], ...]) -> S3Store:
+    """One client, hence one pool of connections, for all prefixes of a bucket."""
+    settings = _read_aws_settings(environment)
     endpoint: S3Config = {"endpoint": settings.endpoint} if settings.endpoint else {}
     return S3Store(
         bucket,

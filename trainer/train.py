@@ -24,9 +24,10 @@ from annotated_types import Ge, Gt
 from pipeline.config import dump_config
 from pipeline.errors import CropstreamError, TrainingError
 from pipeline.loader import Batch, MultiCropLoader
-from trainer.checkpoint import Checkpoint, Checkpoints
+from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
 from trainer.engine import DeepSpeedEngine, Engine
+from trainer.fragments import Checkpoint
 from trainer.metrics import MetricsLog
 from trainer.models import build_model
 from trainer.optim import LARC, parameter_groups

@@ -5,6 +5,7 @@ stdout is a result for us; its stderr goes to a log file and, line by line, to o
 person waits at a terminal the child sees one too, and draws its progress bars.
 """
 
+import contextlib
 import os
 import re
 import signal
@@ -79,10 +80,8 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the command and everything it has started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.wait()
 
     def tail(self) -> str:

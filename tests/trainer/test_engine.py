@@ -41,7 +41,8 @@ def gathered(engine: Engine, kind: str) -> dict[str, Tensor]:
 
 
 def differs(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
-    return [name for name in left if not torch.equal(left[name], right[name])]
+    # Normalising a unit row again moves its last bit; a step moves everything a thousandfold.
+    return [name for name in left if not torch.allclose(left[name], right[name], 1e-6, 1e-8)]
 
 
 def observe() -> dict[str, Any]:

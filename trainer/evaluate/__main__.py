@@ -58,18 +58,18 @@ def run_knn(arguments: argparse.Namespace) -> int:
     trunks = ["trained", "random"] if arguments.random_trunk else ["trained"]
     accuracy = {
         trunk: evaluation.knn(
-            trunk,
             arguments.dataset,
             arguments.bank,
+            trained=trunk == "trained",
             neighbours=arguments.k,
             temperature=arguments.temperature,
         )
         for trunk in trunks
     }
     if arguments.json:
-        print(json.dumps({"step": evaluation.step, **accuracy}))
+        print(json.dumps({"step": evaluation.checkpoint.step, **accuracy}))
     else:
-        print_table(accuracy, trunks, evaluation.step)
+        print_table(accuracy, trunks, evaluation.checkpoint.step)
     return 0
 
 

@@ -1,0 +1,115 @@
+"""A run's trunk, trained or as it was before training, and what evaluations ask of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import parse_config
+from pipeline.errors import CheckpointError, UsageError
+from pipeline.loader import SequentialLoader
+from pipeline.store import open_store
+from trainer.config import Config
+from trainer.evaluate.knn import knn_accuracy
+from trainer.features import Features, extract_features
+from trainer.fragments import Checkpoint, Reader, read_checkpoint, saved_steps
+from trainer.models import build_model
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One checkpoint of a run, and how to show images to its trunk."""
+
+    run: str
+    checkpoint: Checkpoint
+    config: Config
+    size_px: int
+    batch_size: int
+    device: torch.device
+
+    @classmethod
+    def of_run(
+        cls, run: str, *, step: int | None, size_px: int | None, batch_size: int
+    ) -> "Evaluation":
+        """Read a run's checkpoint, the newest or that of `step`, with the run's configuration.
+
+        Raises CheckpointError where there is none.
+        """
+        store = open_store(run)
+        steps = saved_steps(store)
+        if not steps:
+            raise CheckpointError(
+                f"{store.url} has no checkpoints; is it the run's checkpoint.run?"
+            )
+        checkpoint = read_checkpoint(store, steps[-1] if step is None else step)
+        where = store.url_of(checkpoint.key)
+        config = parse_config(Config, checkpoint.state["config"], where=where)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        size_px = size_px or config.crops.global_size_px
+        return cls(run, checkpoint, config, size_px, batch_size, device)
+
+    def trunk(self, *, trained: bool) -> nn.Module:
+        """The trunk with the checkpoint's weights, or with the weights the run began from."""
+        torch.manual_seed(self.config.train.seed)
+        model = build_model(self.config.model)
+        if trained:
+            names = [name for name in self.checkpoint.tensors if "/backbone." in name]
+            names = [name for name in names if name.startswith(("weight/", "buffer/"))]
+            tensors = Reader(open_store(self.run), self.checkpoint).read_whole(names)
+            keys = [name.partition("/backbone.")[2] for name in names]
+            model.backbone.load_state_dict(dict(zip(keys, tensors, strict=True)))
+        return model.backbone
+
+    def features(self, dataset: str, *, trained: bool) -> Features:
+        """Features of every image of a data set."""
+        loader = SequentialLoader(
+            replace(self.config.loader, dataset=dataset, version=0),
+            self.config.augment,
+            size_px=self.size_px,
+            batch_size=self.batch_size,
+        )
+        trunk = self.trunk(trained=trained)
+        name = f"{'trained' if trained else 'random'} trunk"
+        return extract_features(trunk, loader, device=self.device, name=name)
+
+    def knn(
+        self,
+        dataset: str,
+        bank: str | None,
+        *,
+        trained: bool,
+        neighbours: Sequence[int],
+        temperature: float,
+    ) -> dict[int, float]:
+        """Top-1 accuracy by k. Without a bank every image is classified by all the others.
+
+        Raises UsageError for images without labels.
+        """
+        queries = self.features(dataset, trained=trained)
+        voters = self.features(bank, trained=trained) if bank else queries
+        names = sorted(set(_labelled(queries, dataset)) | set(_labelled(voters, bank or dataset)))
+        numbers = {name: number for number, name in enumerate(names)}
+
+        def encode(features: Features) -> Tensor:
+            return torch.tensor([numbers[str(label)] for label in features.labels])
+
+        return knn_accuracy(
+            queries.features,
+            encode(queries),
+            voters.features,
+            encode(voters),
+            neighbours=neighbours,
+            temperature=temperature,
+            leave_one_out=bank is None,
+        )
+
+
+def _labelled(features: Features, dataset: str) -> list[str]:
+    labels = [label for label in features.labels if label]
+    if missing := len(features.labels) - len(labels):
+        raise UsageError(
+            f"{missing} images of {dataset} have no label; pack a folder whose sub-folders are the "
+            f"labels"
+        )
+    return labels
