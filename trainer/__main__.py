@@ -40,7 +40,7 @@ def main() -> int:
 def run(path: str | None, overrides: list[str], print_config: bool) -> int:
     """Load the configuration, join the world, train."""
     from trainer.config import Config  # after --help, which should not wait for torch
-    from trainer.distributed import launched_rank, start_world, stop_world
+    from trainer.distributed import abandon_world, launched_rank, start_world, stop_world
     from trainer.train import train
 
     try:
@@ -50,6 +50,8 @@ def run(path: str | None, overrides: list[str], print_config: bool) -> int:
             return 0
         world = start_world()
         code = train(config, world)
+        stop_world()
+        return code
     except (UsageError, CheckpointError) as error:
         if launched_rank() != 0:  # every rank fails alike: the first one tells
             return error.exit_code
@@ -58,8 +60,8 @@ def run(path: str | None, overrides: list[str], print_config: bool) -> int:
         if "onnection" in str(error):  # gloo and NCCL have no type for it
             raise TrainingError(f"rank {launched_rank()} lost another rank: {error}") from None
         raise
-    stop_world()
-    return code
+    finally:
+        abandon_world()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
     dist.init_process_group(
         backend="nccl" if device.type == "cuda" else "gloo",
         # One process needs no server, hence no port that somebody else may take first.
-        store=torch._C._distributed_c10d.HashStore() if _is_alone() else None,
+        store=dist.HashStore() if _is_alone() else None,  # type: ignore[attr-defined]
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
@@ -99,6 +99,15 @@ def stop_world() -> None:
     """
     dist.barrier()
     dist.destroy_process_group()
+
+
+def abandon_world() -> None:
+    """Leave the world after a failure, without waiting for anybody; nothing if it was left.
+
+    Without it the threads of gloo abort the process as it exits, and its exit code is lost.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _identity() -> tuple[int, int, int]:

@@ -3,10 +3,10 @@
 `trainer.step` drives an `Engine`; `trainer.checkpoint` reads and writes the training state through
 its fragments. Two engines keep the same promises:
 
-    PlainEngine      a module and a LARC optimiser, any dtype; gradients averaged here. Golden
-    float64 runs. DeepSpeedEngine  the same under DeepSpeed: ZeRO stage 0 (everything on every rank)
-    or 1 (the float32
-                     master weights and the momentum divided over the ranks), float32 or bfloat16.
+    PlainEngine      a module and a LARC optimiser, any dtype; averages gradients itself. The
+                     golden float64 runs go through it.
+    DeepSpeedEngine  the same under DeepSpeed, float32 or bfloat16: ZeRO stage 0 (everything on
+                     every rank) or 1 (float32 masters and momentum divided over the ranks).
 
 Source of the ZeRO internals used here: deepspeed 0.19, runtime/zero/stage_1_and_2.py and
 utils/tensor_fragment.py (`_hp_mapping`: which slice of a parameter lies where in this rank's flat
@@ -36,8 +36,7 @@ from trainer.optim import LARC, Segment, SegmentTable, normalize_rows
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Section `engine`: how the step is spread over the ranks, and in which numbers it is
-    computed."""
+    """Section `engine`: how a step is spread over the ranks, and in which numbers."""
 
     zero_stage: Annotated[int, Ge(0), Le(1)] = 0  # 1: masters and momentum divided over the ranks
     precision: str = "fp32"  # or bf16: convolutions and linear layers in bfloat16

@@ -32,7 +32,7 @@ from pipeline.store import Store
 
 FORMAT = 1
 PIECE_BYTES = 8 * 2**20  # also what a writer copies to the host at a time
-READ_BYTES = 32 * 2**20
+READ_BYTES = 16 * 2**20  # at most, in one request
 READS_IN_FLIGHT = 4
 
 _MANIFEST_KEY = re.compile(r"manifests/(\d{9})\.json")

@@ -7,11 +7,14 @@ URLs, and its content security policy allows nothing else. `write_report` is a p
 inputs; `read_metrics` and `training_curves` turn the loop's JSON lines into them.
 """
 
+import argparse
 import base64
 import hashlib
 import io
 import json
 import math
+import sys
+import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -21,6 +24,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from pipeline.errors import CheckpointError, run_command
+from pipeline.store import Store, open_store
+from trainer.fragments import Checkpoint, damage, read_checkpoint, saved_steps
 
 MAX_POINTS = 600
 """A curve with more points is drawn as the means of this many equal spans."""
@@ -85,7 +92,8 @@ def write_report(
     ]
     target = Path(path)
     unfinished = target.with_name(target.name + ".unfinished")
-    unfinished.write_text(_page(title, "\n".join(sections)), encoding="utf-8")
+    page = _page(title, "\n".join(sections), _STYLE + _crops_style(crops))
+    unfinished.write_text(page, encoding="utf-8")
     unfinished.replace(target)
 
 
@@ -185,21 +193,20 @@ svg text { fill: var(--soft); font: 12px system-ui, "Segoe UI", "Liberation Sans
 .mark { stroke: var(--mark); stroke-dasharray: 2 3; }
 svg .level-text { fill: var(--level); }
 svg .mark-text { fill: var(--mark); }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr));
-  gap: .5rem 1.25rem; }
+.images { display: grid; gap: .5rem 1.5rem; }
 .image { display: flex; gap: 3px; align-items: center; }
-.image img { display: block; min-width: 0; border-radius: 3px; }
+.image img { display: block; border-radius: 3px; }
 """
 
 
-def _page(title: str, body: str) -> str:
-    style_hash = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
+def _page(title: str, body: str, style: str) -> str:
+    style_hash = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style_hash}'"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
@@ -225,6 +232,13 @@ def _crops(images: Sequence[Sequence[Crop]]) -> str:
     rows = (f'<div class="image">{"".join(map(_image, crops))}</div>' for crops in images)
     title = "Crops as the model saw them: one image a row, the global crops first"
     return _card(title, '<div class="images">\n' + "\n".join(rows) + "\n</div>")
+
+
+def _crops_style(images: Sequence[Sequence[Crop]]) -> str:
+    """As many columns as rows of crops fit beside each other."""
+    row_px = max((sum(crop.shape[1] + 3 for crop in crops) for crops in images), default=0)
+    columns = f"repeat(auto-fill, minmax(min(100%, {row_px}px), 1fr))"
+    return f".images {{ grid-template-columns: {columns}; }}\n"
 
 
 def _image(crop: Crop) -> str:
@@ -397,3 +411,69 @@ def _line(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
 def _text(x: float, y: float, text: str, *, anchor: str, kind: str = "tick") -> str:
     place = f'class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
     return f"<text {place}>{escape(text)}</text>"
+
+
+# The command
+
+
+def main() -> int:
+    """`python -m trainer.report`: the report of a run, from its newest checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer.report",
+        description="Draw what a run has logged up to its newest checkpoint as one HTML page.",
+    )
+    parser.add_argument("run", metavar="URL", help="the run's prefix (checkpoint.run)")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="%(default)s")
+    arguments = parser.parse_args()
+    return run_command(lambda: report_run(arguments.run, Path(arguments.output)))
+
+
+def report_run(url: str, output: Path) -> int:
+    """Write the report of the run under `url`. Raises CheckpointError where it has none."""
+    store = open_store(url)
+    steps = saved_steps(store)
+    if not steps:
+        raise CheckpointError(f"{store.url} has no checkpoints; is it the run's checkpoint.run?")
+    checkpoint = read_checkpoint(store, steps[-1])
+    metrics = read_metrics(_stored_metrics(store, checkpoint).decode().splitlines())
+    config = tomllib.loads(checkpoint.state["config"])
+    settings = [
+        (f"{section}.{name}", json.dumps(value, ensure_ascii=False))
+        for section, values in config.items()
+        for name, value in values.items()
+    ]
+    write_report(
+        output,
+        title=f"Run {store.url}",
+        tables=[
+            Table(title="Newest checkpoint", rows=_facts(checkpoint, metrics)),
+            Table(title="Settings", rows=settings),
+        ],
+        curves=training_curves(metrics, num_prototypes=config["model"]["num_prototypes"]),
+    )
+    sys.stdout.write(f"{output}\n")
+    return 0
+
+
+def _stored_metrics(store: Store, checkpoint: Checkpoint) -> bytes:
+    stored = [each for each in checkpoint.objects if each.key.endswith("metrics.jsonl")]
+    if problems := damage(store, stored):
+        raise CheckpointError("\n".join(problems))
+    return b"".join(store.get(each.key) for each in stored)
+
+
+def _facts(checkpoint: Checkpoint, metrics: Metrics) -> list[tuple[str, str]]:
+    facts = [
+        ("steps done", f"{checkpoint.step:,}"),
+        ("saved", f"{checkpoint.time} by {checkpoint.world_size} rank(s)"),
+        ("size", f"{checkpoint.size_bytes / 1e6:,.1f} MB"),
+    ]
+    if metrics.rows:
+        first, last = metrics.rows[0], metrics.rows[-1]
+        facts.append(("loss", f"{first['loss']:.4f} at first, {last['loss']:.4f} at last"))
+        facts.append(("images per second", f"{last['images_per_s']:,.0f}"))
+    return facts
+
+
+if __name__ == "__main__":
+    sys.exit(main())

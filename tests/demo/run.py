@@ -17,7 +17,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -28,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.config import load_config
+from pipeline.errors import CropstreamError
 from pipeline.loader import Batch, MultiCropLoader
 from tests.demo.children import Child
 from tests.demo.images import write_pictures
@@ -110,7 +112,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         run_demo(Place(arguments.work.resolve()), arguments.images)
-    except DemoError as error:
+    except (DemoError, CropstreamError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -122,9 +124,9 @@ def main() -> int:
 def run_demo(place: Place, images: Path | None) -> None:
     """All stages, then the table and the report. Raises DemoError."""
     place.clear()
-    source = images or _make_pictures(place)
+    source = images.resolve() if images else _make_pictures(place)
     _say("starting an S3 server on loopback")
-    with S3Server(place.store) as server:
+    with _serving(place) as server:
         os.environ.update(server.environment)
         bucket = server.make_bucket("demo")
         dataset, run = f"{bucket}/images", f"{bucket}/runs/demo"
@@ -255,6 +257,19 @@ def _lines_behind(path: Path, position: int) -> list[bytes]:
 # The other stages
 
 
+@contextmanager
+def _serving(place: Place) -> Iterator[S3Server]:
+    server = S3Server(place.store)
+    try:
+        server.start()
+    except (OSError, RuntimeError) as error:  # TimeoutError is an OSError
+        raise DemoError(f"the S3 server did not start: {error}") from None
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
 def _make_pictures(place: Place) -> Path:
     _say("cutting pictures from the photographs inside scikit-image and scikit-learn")
     write_pictures(place.pictures, PICTURES)
@@ -337,14 +352,16 @@ def _write_report(
             "an S3 server, killed with SIGKILL in mid-epoch and resumed from its checkpoint there."
         ],
         tables=[Table(title="Summary", rows=rows)],
-        curves=[_with_kill(curves[0], training.killed_step), *curves[1:]],
+        curves=[_with_kill(curves[0], training), *curves[1:]],
         crops=_draw_crops(config),
     )
 
 
-def _with_kill(curve: Curve, step: int) -> Curve:
-    marks = [*curve.marks, (step, "killed")]
-    return Curve(**{**vars(curve), "marks": marks})
+def _with_kill(loss: Curve, training: Training) -> Curve:
+    """One mark for the kill and the resume, which lie a few steps apart."""
+    marks = [mark for mark in loss.marks if mark[1] != "resumed"]
+    label = f"killed; resumed from step {training.resumed_step}"
+    return replace(loss, marks=[*marks, (training.killed_step, label)])
 
 
 def _draw_crops(config: Config) -> list[list[NDArray[np.uint8]]]:

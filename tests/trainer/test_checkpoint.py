@@ -1,4 +1,5 @@
 import logging
+import re
 import signal
 import subprocess
 import sys

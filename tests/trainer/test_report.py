@@ -10,11 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.errors import CheckpointError
+from pipeline.manifest import commit
+from pipeline.shards import crc32c
+from pipeline.store import open_store
+from trainer.fragments import Checkpoint, StoredObject, manifest_key, to_document
 from trainer.report import (
     MAX_POINTS,
     Curve,
     Table,
     read_metrics,
+    report_run,
     training_curves,
     write_report,
 )
@@ -151,3 +157,44 @@ def test_curves_without_extent_are_drawn(tmp_path: Path, values: list[float]) ->
     curve = Curve(title="c", steps=range(len(values)), values=values, wide=True)
     finite = sum(map(math.isfinite, values))
     assert _page(tmp_path, curves=[curve]).count("<circle") == finite
+
+
+def _save_run(path: Path, lines: list[str]) -> str:
+    """A run with one checkpoint that holds nothing but metrics and a configuration."""
+    store = open_store(str(path))
+    body = "\n".join(lines).encode()
+    stored = StoredObject("objects/1-a/metrics.jsonl", len(body), crc32c(body))
+    assert store.put_if_absent(stored.key, body)
+    checkpoint = Checkpoint(
+        step=1,
+        attempt="a",
+        world_size=2,
+        time="2026-01-31T12:00:00+00:00",
+        objects=(stored,),
+        tensors={},
+        queue=None,
+        state={"config": "[model]\nnum_prototypes = 60\n[loader]\ndataset = 's3://b/<d>'\n"},
+    )
+    commit(store, manifest_key(1), to_document(checkpoint), attempt="a")
+    return stored.key
+
+
+def test_the_command_reports_a_stored_run(tmp_path: Path) -> None:
+    _save_run(tmp_path / "run", [_line(0, loss=4.5), _line(1, loss=3.25)])
+    assert report_run(str(tmp_path / "run"), tmp_path / "report.html") == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for shown in ("ln K = 4.09", "4.5000 at first, 3.2500 at last", "s3://b/&lt;d&gt;"):
+        assert shown in page
+
+
+def test_the_command_refuses_damaged_metrics(tmp_path: Path) -> None:
+    key = _save_run(tmp_path / "run", [_line(0)])
+    (tmp_path / "run" / key).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl"):
+        report_run(str(tmp_path / "run"), tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_refuses_a_prefix_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoints"):
+        report_run(str(tmp_path), tmp_path / "report.html")

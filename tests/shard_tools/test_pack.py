@@ -1,0 +1,135 @@
+"""What becomes of single images, and how much memory a worker takes."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.manifest import read_snapshot
+from pipeline.shards import read_index
+from pipeline.store import Store, open_store
+from shard_tools.commits import read_unit_commit, seal
+from shard_tools.pack import UnitTask, pack_unit
+from shard_tools.plan import PackSettings, make_plan
+from tests.shard_tools.conftest import ROOT, write_images, write_odd_ones
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_images(tmp_path / "source", 9)
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "set")
+
+
+def pack_all(source: Path, store: Store, settings: PackSettings) -> list[dict[str, object]]:
+    plan = make_plan(str(source), store, settings)
+    return pack_planned(store, plan.name, plan.num_units, settings)
+
+
+def pack_planned(
+    store: Store, plan: str, num_units: int, settings: PackSettings
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for unit in range(num_units):
+        done = pack_unit(UnitTask(store.url, plan, unit, settings))
+        assert done is not None
+        rows += read_index(store.get(done.index), where=done.index).to_pylist()
+    return rows
+
+
+def test_bytes_are_kept_as_they_are(source: Path, store: Store) -> None:
+    plan = make_plan(str(source), store, PackSettings())
+    rows = pack_planned(store, plan.name, 1, PackSettings())
+    tar = seal(store, plan)[0].tar[0]
+    for row in rows:
+        original = Path(str(row["source"]).removeprefix("file://")).read_bytes()
+        assert store.get_range(tar, int(str(row["offset"])), int(str(row["length"]))) == original
+
+
+def test_limits(source: Path, store: Store) -> None:
+    sizes = sorted(path.stat().st_size for path in source.rglob("*.*"))
+    rows = pack_all(source, store, PackSettings(max_bytes=sizes[4]))
+    assert [row["reason"] for row in rows].count("too large") == 4
+    store = open_store(f"{store.url}-2")
+    rows = pack_all(source, store, PackSettings(max_pixels=96 * 96 - 1))
+    assert {row["reason"] for row in rows} == {"bomb"}
+    assert all(row["width"] is None and row["offset"] is None for row in rows)
+
+
+def test_a_shard_of_rejects_only(tmp_path: Path, store: Store) -> None:
+    (tmp_path / "odd" / "coffee").mkdir(parents=True)
+    reasons = write_odd_ones(tmp_path / "odd")
+    rows = pack_all(tmp_path / "odd", store, PackSettings())
+    assert [row["reason"] for row in rows] == [reasons[path] for path in sorted(reasons)]
+
+
+def test_sources_that_change_after_planning(source: Path, store: Store) -> None:
+    plan = make_plan(str(source), store, PackSettings())
+    paths = sorted(source.rglob("*.*"))
+    paths[0].unlink()
+    paths[1].write_bytes(paths[1].read_bytes() + b"more")
+    rows = pack_planned(store, plan.name, plan.num_units, PackSettings())
+    assert [row["reason"] for row in rows] == ["missing", "changed", *[None] * 7]
+
+
+def test_a_packed_unit_is_not_packed_again(source: Path, store: Store) -> None:
+    settings = PackSettings()
+    plan = make_plan(str(source), store, settings)
+    task = UnitTask(store.url, plan.name, 0, settings)
+    done = pack_unit(task)
+    assert done == read_unit_commit(store, plan.name, 0)
+    assert pack_unit(task) is None
+    assert len(list(store.list("data"))) == 2
+    snapshot, is_new = seal(store, plan)
+    assert is_new
+    assert snapshot.num_kept == 9
+    assert seal(store, plan)[1] is False
+    assert read_snapshot(store).version == 1
+
+
+PEAK_OF_PACKING = """
+import resource, sys
+from pipeline.store import open_store
+from shard_tools.pack import UnitTask, pack_unit
+from shard_tools.plan import PackSettings, make_plan
+store, settings = open_store(sys.argv[2]), PackSettings()
+plan = make_plan(sys.argv[1], store, settings)
+assert plan.num_units == 1
+assert pack_unit(UnitTask(store.url, plan.name, 0, settings)).rejected == {}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def peak_mib(source: Path, target: str) -> float:
+    child = subprocess.run(
+        [sys.executable, "-c", PEAK_OF_PACKING, str(source), target],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return float(child.stdout)
+
+
+def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path, s3_url: str) -> None:
+    """60 and 400 copies of a 400 kB picture: a worker holds its read-ahead and a few parts."""
+    write_images(tmp_path / "one", 1, size_px=400)
+    [picture] = (tmp_path / "one").rglob("*.*")
+    pixels = tmp_path / "picture.png"
+    Image.open(picture).resize((480, 480)).save(pixels)
+    for count in (60, 400):
+        (tmp_path / str(count)).mkdir()
+        for number in range(count):
+            shutil.copy(pixels, tmp_path / str(count) / f"{number}.png")
+    small = peak_mib(tmp_path / "60", f"{s3_url}/60")
+    large = peak_mib(tmp_path / "400", f"{s3_url}/400")
+    assert 400 * pixels.stat().st_size > 100e6
+    print(f"peak {small:.0f} MiB with 60 images, {large:.0f} MiB with 400")
+    assert large < small + 60

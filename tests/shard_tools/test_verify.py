@@ -1,0 +1,103 @@
+"""Whatever happens to a stored byte, verify says so, and where, and what was expected."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.manifest import read_snapshot
+from pipeline.shards import read_index
+from pipeline.store import open_store
+from shard_tools.verify import ShardTask, ShardVerdict, verify_shard
+from tests.shard_tools.conftest import shard_tools, spawn_shard_tools
+
+
+@pytest.fixture(scope="module")
+def packed(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    assert shard_tools("pack", str(images), str(folder), "--shard-rows", "40").code == 0
+    return folder
+
+
+def copy_of(packed: Path, target: Path) -> Path:
+    for path in packed.rglob("*.*"):
+        copy = target / path.relative_to(packed)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.fixture
+def folder(packed: Path, tmp_path: Path) -> Path:
+    return copy_of(packed, tmp_path / "copy")
+
+
+def check(folder: Path, shard: int = 0, *, quick: bool = False) -> ShardVerdict:
+    store = open_store(folder)
+    row = read_snapshot(store).table.to_pylist()[shard]
+    return verify_shard(ShardTask(dataset=store.url, quick=quick, **row))
+
+
+def tar_of(folder: Path, shard: int = 0) -> Path:
+    return folder / read_snapshot(open_store(folder)).tar[shard]
+
+
+def flip(path: Path, position: int) -> None:
+    body = bytearray(path.read_bytes())
+    body[position] ^= 0x40
+    path.write_bytes(body)
+
+
+def test_a_sound_shard(folder: Path) -> None:
+    verdict = check(folder)
+    assert verdict.problem is None
+    assert verdict.samples > 0
+
+
+def cut_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + bytes(512))
+
+
+@pytest.mark.parametrize("damage", [cut_end, append, Path.unlink])
+@pytest.mark.parametrize("suffix", [".tar", ".parquet"])
+@pytest.mark.parametrize("quick", [True, False])
+def test_sizes(folder: Path, damage: Callable[[Path], None], suffix: str, quick: bool) -> None:
+    path = tar_of(folder).with_suffix(suffix)
+    damage(path)
+    problem = check(folder, quick=quick).problem
+    assert problem is not None
+    assert str(path) in problem
+
+
+def test_a_flipped_bit_in_an_index(folder: Path) -> None:
+    flip(tar_of(folder).with_suffix(".parquet"), 100)
+    assert "SHA-256" in str(check(folder).problem)
+
+
+def test_a_flipped_bit_in_a_sample_through_the_command_line(folder: Path) -> None:
+    tar = tar_of(folder, 1)
+    body = tar.with_suffix(".parquet").read_bytes()
+    row = [r for r in read_index(body, where="").to_pylist() if r["status"] == "ok"][3]
+    flip(tar, row["offset"] + 5)
+    finished = spawn_shard_tools("verify", str(folder))
+    assert finished.code == 1
+    [message] = [line for line in finished.err.splitlines() if line.startswith("error:")]
+    assert "1 of 2 shards is damaged" in message
+    assert f"{tar}: sample {row['key']} at byte {row['offset']}: CRC32C is 0x" in message
+    assert f"recorded was {row['crc32c']:#010x}" in message
+    assert "restore" in message
+    assert "Traceback" not in finished.err
+    assert shard_tools("verify", str(folder), "--quick").code == 0
+
+
+def test_several_damaged_shards_are_all_named(folder: Path) -> None:
+    for shard in (0, 1):
+        flip(tar_of(folder, shard), 10)
+    finished = shard_tools("verify", str(folder))
+    assert finished.code == 1
+    assert "2 of 2 shards are damaged" in finished.err
+    assert all(str(tar_of(folder, shard)) in finished.err for shard in (0, 1))
