@@ -73,8 +73,11 @@ class Batch:
 
 
 @dataclass
-class _Pending:
-    """A batch that threads are filling."""
+class CutBatch:
+    """A batch before its colours, which threads fill.
+
+    blocks: one uint8 tensor a resolution, [count, B, 3, s, s], on the host.
+    """
 
     epoch: int
     step: int
@@ -170,9 +173,16 @@ class MultiCropLoader:
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
+        for cut in self.cut_batches():
+            with self.telemetry.timed("augment_s"):
+                crops = self._to_device(cut)
+            yield Batch(cut.epoch, cut.step, cut.samples, crops)
+
+    def cut_batches(self) -> Iterator[CutBatch]:
+        """The batches before colour, on the host; asking for the next reuses one's blocks."""
         self.close()
         positions = self._positions(self._epoch, self._step)
-        pending: deque[_Pending] = deque()
+        pending: deque[CutBatch] = deque()
         free = [self._new_blocks() for _ in range(self.config.prefetch_batches + 1)]
         self._start()
         try:
@@ -181,10 +191,13 @@ class MultiCropLoader:
                     pending.append(self._submit(*position, free.pop()))
                 if not pending:
                     return
-                batch, blocks = self._finish(pending.popleft())
+                batch = pending.popleft()
+                with self.telemetry.timed("data_wait_s"):
+                    for job in batch.jobs:
+                        job.result()
                 self._epoch, self._step = self._behind(batch.epoch, batch.step)
-                free.append(blocks)
                 yield batch
+                free.append(batch.blocks)
         finally:
             self.close()
 
@@ -264,7 +277,7 @@ class MultiCropLoader:
         return self.config.threads or max(1, cores // self.local_world_size)
 
     def _windows(self, epoch: int, step: int) -> Iterator[tuple[int, list[int]]]:
-        """All windows of this rank from a step on, lane by lane, without what was already served."""
+        """All windows of this rank from a step on, without what was already served."""
         order = self.order
         size = order.window * order.chunk
         lanes = order.lanes_of(self.rank, self.world_size)
@@ -280,42 +293,34 @@ class MultiCropLoader:
     def _new_blocks(self) -> list[torch.Tensor]:
         return crop_blocks(self.crops, self.batch_size, pin_memory=self.device.type == "cuda")
 
-    def _submit(self, epoch: int, step: int, blocks: list[torch.Tensor]) -> _Pending:
+    def _submit(self, epoch: int, step: int, blocks: list[torch.Tensor]) -> CutBatch:
         assert self._threads is not None
         samples = self.order.batch(epoch, step, self.rank, self.world_size)
-        pending = _Pending(epoch, step, samples, blocks)
+        pending = CutBatch(epoch, step, samples, blocks)
         parts = min(len(samples), self._num_threads() * _JOBS_PER_THREAD)
         for slots in np.array_split(np.arange(len(samples)), parts):
             pending.jobs.append(self._threads.submit(self._fill, pending, slots.tolist()))
         return pending
 
-    def _finish(self, pending: _Pending) -> tuple[Batch, list[torch.Tensor]]:
-        with self.telemetry.timed("data_wait_s"):
-            for job in pending.jobs:
-                job.result()
-        with self.telemetry.timed("augment_s"):
-            crops = self._to_device(pending)
-        return Batch(pending.epoch, pending.step, pending.samples, crops), pending.blocks
-
-    def _to_device(self, pending: _Pending) -> list[torch.Tensor]:
+    def _to_device(self, batch: CutBatch) -> list[torch.Tensor]:
         crops, first = [], 0
-        for block in pending.blocks:
+        for block in batch.blocks:
             count = block.shape[0]
             params = draw_augment(
                 self.augmentation,
                 seed=self.order.seed,
-                epoch=pending.epoch,
-                samples=pending.samples,
+                epoch=batch.epoch,
+                samples=batch.samples,
                 crop_indices=range(first, first + count),
             )
             pixels = block.flatten(0, 1).to(self.device, non_blocking=True)
             crops.append(augment(pixels, params, self.augmentation))
             first += count
-        if self.device.type == "cuda":  # the blocks are written again as soon as we return
+        if self.device.type == "cuda":  # the blocks will be written again
             torch.cuda.current_stream(self.device).synchronize()
         return crops
 
-    def _fill(self, pending: _Pending, slots: list[int]) -> None:
+    def _fill(self, pending: CutBatch, slots: list[int]) -> None:
         """Decode the images of some slots of a batch and cut their crops into its blocks."""
         numbers = pending.samples[slots]
         images = [

@@ -341,6 +341,11 @@ def list_files(url: str) -> Iterator[SourceFile]:
 
 def read_file(url: str) -> bytes:
     """The bytes of one file under any fsspec URL. Raises StoreError and its kinds."""
+    scheme, _, path = url.partition("://")
+    # obstore takes a tenth of s3fs's time for a small file, but no key with empty or dotted parts.
+    if scheme == "s3" and {"", ".", ".."}.isdisjoint(path.split("/")):
+        folder, _, name = url.rpartition("/")
+        return open_store(folder).get(name)
     with _source_errors("read", url):
         filesystem, path = _open_source(url)
         return bytes(filesystem.cat_file(path))

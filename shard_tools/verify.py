@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -26,12 +27,14 @@ from shard_tools.engine import LocalEngine, count
 
 _NAMED_SHARDS = 20
 
-# Prints key and SHA-256 of every sample, as any user of webdataset would see them.
+# Prints shard, key and SHA-256 of every sample, as any user of webdataset would see them.
 _READ_WITH_WEBDATASET = """
 import hashlib, json, sys, webdataset
-for sample in webdataset.WebDataset(sys.argv[1], shardshuffle=False):
-    fields = [name for name in sample if not name.startswith("__")]
-    print(json.dumps([sample["__key__"], [hashlib.sha256(sample[f]).hexdigest() for f in fields]]))
+for number, shard in enumerate(sys.argv[1:]):
+    for sample in webdataset.WebDataset(shard, shardshuffle=False):
+        fields = [name for name in sample if not name.startswith("__")]
+        digests = [hashlib.sha256(sample[name]).hexdigest() for name in fields]
+        print(json.dumps([number, sample["__key__"], digests]))
 """
 
 
@@ -186,32 +189,38 @@ def _check_interoperability(dataset: Store, snapshot: Snapshot) -> int | None:
     if importlib.util.find_spec("webdataset") is None:
         return None
     chosen = sorted({0, len(snapshot) - 1}) if len(snapshot) else []
-    tasks = _tasks(dataset, snapshot.table.take(chosen), quick=False)
-    return sum(_read_with_webdataset(task) for task in tasks)
-
-
-def _read_with_webdataset(task: ShardTask) -> int:
-    dataset = open_store(task.dataset)
-    store, key = resolve(dataset, task.tar)
+    tasks = list(_tasks(dataset, snapshot.table.take(chosen), quick=False))
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:
-        copy = Path(folder) / "shard.tar"
-        _download(store, key, task.tar_bytes, copy)
-        child = subprocess.run(
-            [sys.executable, "-c", _READ_WITH_WEBDATASET, str(copy)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    seen = [json.loads(line) for line in child.stdout.splitlines()]
-    index_store, index_key = resolve(dataset, task.index)
-    rows = kept_rows(read_index(index_store.get(index_key), where=task.index), None).to_pylist()
-    if child.returncode or seen != [[row["key"], [row["sha256"].hex()]] for row in rows]:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ShardError(
-            f"{store.url_of(key)}: webdataset reads {len(seen)} of {len(rows)} samples or reads "
-            f"them differently ({last}); this shard is sound but not portable, please report it"
-        )
+        copies = [Path(folder) / f"{number}.tar" for number in range(len(tasks))]
+        for task, copy in zip(tasks, copies, strict=True):
+            _download(*resolve(dataset, task.tar), task.tar_bytes, copy)
+        seen, complaint = _read_with_webdataset(copies)
+    for number, task in enumerate(tasks):
+        _compare(dataset, task, [sample for shard, *sample in seen if shard == number], complaint)
     return len(seen)
+
+
+def _read_with_webdataset(shards: list[Path]) -> tuple[list[list[Any]], str]:
+    """Every sample as [shard, key, SHA-256 of its fields], and the child's last words."""
+    child = subprocess.run(
+        [sys.executable, "-c", _READ_WITH_WEBDATASET, *map(str, shards)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaint = child.stderr.strip().splitlines()[-1:] if child.returncode else []
+    return [json.loads(line) for line in child.stdout.splitlines()], "".join(complaint)
+
+
+def _compare(dataset: Store, task: ShardTask, seen: list[list[Any]], complaint: str) -> None:
+    """Hold what webdataset saw of a shard against its index."""
+    store, key = resolve(dataset, task.index)
+    rows = kept_rows(read_index(store.get(key), where=store.url_of(key)), None).to_pylist()
+    if complaint or seen != [[row["key"], [row["sha256"].hex()]] for row in rows]:
+        raise ShardError(
+            f"{task.tar}: webdataset reads {len(seen)} of {len(rows)} samples, or "
+            f"reads them differently; this shard is sound but not portable ({complaint})"
+        )
 
 
 def _download(store: Store, key: str, size_bytes: int, target: Path) -> None:
