@@ -38,6 +38,8 @@ from pipeline.telemetry import Telemetry
 Int64 = NDArray[np.int64]
 
 _FETCH_THREADS = 4
+_POSITION = ("epoch", "step")  # what a state says beside what never changes in a run
+_CHOSEN = ("version", "global_batch", "lanes", "chunk", "window")  # 0: whatever the state says
 _JOBS_PER_THREAD = 4  # of a batch, so that its threads finish together
 
 
@@ -125,6 +127,9 @@ class MultiCropLoader:
         self.device = torch.device(device)
         self.epochs = epochs
         self.telemetry = Telemetry()
+        if state is not None:
+            asked = {name: getattr(config, name) for name in _CHOSEN}
+            _check_unchanged({name: value for name, value in asked.items() if value}, state)
         self.store = open_store(config.dataset)
         wanted = state["version"] if state else config.version or None
         self.snapshot = read_snapshot(self.store, wanted)
@@ -164,12 +169,7 @@ class MultiCropLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. Raises UsageError if the configuration contradicts the state."""
         mine = self.state_dict()
-        for name, value in state.items():
-            if name not in ("epoch", "step") and mine[name] != value:
-                raise UsageError(
-                    f"loader.{name} is {mine[name]}, but the checkpoint was written with {value}; "
-                    f"set it back, or start a new run under another checkpoint.run"
-                )
+        _check_unchanged({name: mine[name] for name in mine if name not in _POSITION}, state)
         self._epoch, self._step = int(state["epoch"]), int(state["step"])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -387,6 +387,16 @@ class MultiCropLoader:
                 f"{count} samples of {self.config.dataset} could not be used, allowed are "
                 f"loader.max_bad_samples={self.config.max_bad_samples}; run `python -m shard_tools "
                 f"verify {self.config.dataset}`. The first of them:\n  {listed}"
+            )
+
+
+def _check_unchanged(mine: dict[str, Any], state: dict[str, Any]) -> None:
+    for name, value in mine.items():
+        if value != state[name]:
+            section = "train" if name == "seed" else "loader"
+            raise UsageError(
+                f"{section}.{name} is {value}, but the checkpoint was written with {state[name]}; "
+                f"set it back, or start a new run under another checkpoint.run"
             )
 
 

@@ -1,4 +1,4 @@
-"""Counters that say where a loader's time and bytes go; added to by many threads, read once a log line."""
+"""Counters of where a loader's time and bytes go: many threads add, the log reads."""
 
 import threading
 from collections import Counter

@@ -144,6 +144,13 @@ def test_missing(store: Store) -> None:
         store.get_range("no", 0, 1)
 
 
+def test_a_missing_bucket(s3: S3Server) -> None:
+    store = open_store("s3://no-such-bucket/prefix")
+    assert store.head("key") is None
+    with pytest.raises(ObjectMissingError, match="there is no such bucket"):
+        store.get("key")
+
+
 def test_too_short(store: Store) -> None:
     store.put_if_absent("key", b"0123456789")
     with pytest.raises(StoreError, match=r"/key"):
@@ -292,6 +299,21 @@ def test_sources(store: Store) -> None:
         assert read_file(file.url) == path.encode()
         assert file.size_bytes == len(path.encode())
         assert file.tag
+
+
+def test_awkward_s3_keys(s3: S3Server, s3_url: str) -> None:
+    """Keys that are no paths: other tools write them, a source may hold them."""
+    client = botocore.session.Session().create_client(
+        "s3", endpoint_url=s3.url, config=Config(s3={"addressing_style": "path"})
+    )
+    prefix = s3_url.removeprefix("s3://cropstream/")
+    for name in ("a b+c%20é#?.jpg", "x.y.z/..jpg", "folder/"):
+        client.put_object(Bucket="cropstream", Key=f"{prefix}/{name}", Body=name.encode())
+    client.close()
+    files = {file.path: file for file in list_files(s3_url)}
+    assert set(files) == {"a b+c%20é#?.jpg", "x.y.z/..jpg"}
+    for path, file in files.items():
+        assert read_file(file.url) == path.encode()
 
 
 def test_a_listing_of_several_pages(bucket_store: Store) -> None:

@@ -1,0 +1,80 @@
+"""The loop in one process: stopping on SIGTERM, a loss that explodes, settings that change."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.dataset import pictures, write_dataset
+from tests.support.launch import ROOT, environment, read_metrics, run_module, wait_for
+
+SETTINGS = [
+    "loader.global_batch=8",
+    "crops.global_size_px=32",
+    "crops.local_crops=0",
+    "model.backbone=resnet18",
+    "model.hidden_dim=16",
+    "model.feat_dim=8",
+    "model.num_prototypes=6",
+    "schedule.base_lr=0.1",
+    "schedule.warmup_epochs=0",
+    "train.log_every_steps=1",
+]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> list[str]:
+    write_dataset(str(tmp_path / "data"), pictures(40))
+    places = [f"loader.dataset={tmp_path / 'data'}", f"checkpoint.run={tmp_path / 'run'}"]
+    return [*SETTINGS, *places, f"train.log_dir={tmp_path / 'logs'}"]
+
+
+def test_sigterm_saves_and_leaves_with_3_and_another_order_is_refused(
+    settings: list[str], tmp_path: Path
+) -> None:
+    log, metrics = tmp_path / "log", tmp_path / "logs" / "metrics.jsonl"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "trainer", *settings, "train.epochs=40"],
+            stderr=output,
+            stdout=output,
+            cwd=ROOT,
+            env=environment(),
+        )
+    wait_for(process, lambda: len(read_metrics(metrics)) >= 3, log=log)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 3, log.read_text()
+    done = read_metrics(metrics)[-1]["step"] + 1
+    assert (tmp_path / "run" / "manifests" / f"{done:09d}.json").exists()
+    assert done < 200
+
+    changed = run_module("trainer", *settings, "train.epochs=40", "loader.global_batch=4")
+    assert changed.returncode == 2
+    assert "loader.global_batch is 4, but the checkpoint was written with 8" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str]) -> None:
+    result = run_module("trainer", *settings, "train.epochs=4", "optim.trust_coefficient=1e30")
+    assert result.returncode == 1
+    assert "error: the loss is" in result.stderr
+    assert "samples [" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_print_config_can_be_read_back(settings: list[str], tmp_path: Path) -> None:
+    first = run_module("trainer", *settings, "--print-config")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "printed.toml").write_text(first.stdout)
+    again = run_module("trainer", "--config", str(tmp_path / "printed.toml"), "--print-config")
+    assert again.stdout == first.stdout
+
+
+def test_help_comes_without_torch() -> None:
+    code = "import sys; from trainer.__main__ import main\n"
+    code += "sys.argv = ['trainer', '--help']\n"
+    code += "try: main()\nexcept SystemExit: print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.strip().endswith("False"), run.stderr
