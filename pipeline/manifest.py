@@ -185,7 +185,7 @@ def read_snapshot(store: Store, version: int | None = None) -> Snapshot:
     key = snapshot_key(version)
     if version < 1 or store.head(key) is None:
         raise ManifestError(
-            f"{store.url} has no snapshot{f' {version}' if version else ''}: check the URL, or pack "
+            f"{store.url} has no snapshot{f' {version}' if version else ''}: check the URL or pack "
             f"and seal the data set: `python -m shard_tools pack SOURCE {store.url}`"
         )
     return _parse_snapshot(store.get(key), version, store.url_of(key))

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-_NOISE = re.compile(rb"^\[20\d\d-|^\s*$|W\d{4} ")
-"""Lines of the launchers (`[2026-01-31 …] [INFO] …`), which belong into the log only."""
-_TAIL_LINES = 25
+_NOISE = re.compile(rb"\[20\d\d-")
+"""How lines of the launcher begin (`[2026-01-31 …] [INFO] …`), which belong into the log only."""
+_LINE_END = re.compile(rb"(?<=\n)|(?<=\r)(?=[^\n])")
+_DEFAULT_SIZE = (24, 80)
 
 
 class Child:
@@ -84,19 +85,17 @@ class Child:
             os.killpg(self._process.pid, signal.SIGKILL)
         self.wait()
 
-    def tail(self) -> str:
-        """The last lines of its log."""
-        text = self.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-        return "\n".join(text.splitlines()[-_TAIL_LINES:])
-
     def _pass_on(self, descriptor: int) -> None:
+        shown = b"\n"
         with self.log.open("wb") as log:
             for line in _lines(descriptor):
                 log.write(line)
                 log.flush()
                 if not _NOISE.match(line):
-                    sys.stderr.buffer.write(line)
-                    sys.stderr.buffer.flush()
+                    shown = line
+                    _show(line)
+        if not shown.endswith(b"\n"):  # killed while its progress bar stood there
+            _show(b"\n")
         os.close(descriptor)
 
 
@@ -109,7 +108,8 @@ def _pipe() -> tuple[int, int]:
 def _terminal() -> tuple[int, int]:
     """(the child's end, our end) of a pseudo-terminal as wide as ours."""
     ours, theirs = os.openpty()
-    termios.tcsetwinsize(theirs, termios.tcgetwinsize(sys.stderr.fileno()))
+    rows, columns = termios.tcgetwinsize(sys.stderr.fileno())
+    termios.tcsetwinsize(theirs, (rows, columns) if columns else _DEFAULT_SIZE)
     return theirs, ours
 
 
@@ -120,9 +120,15 @@ def _lines(descriptor: int) -> Iterator[bytes]:
     """
     rest = b""
     while chunk := _read(descriptor):
-        *lines, rest = re.split(rb"(?<=[\r\n])", rest + chunk)
+        *lines, rest = _LINE_END.split(rest + chunk)
         yield from lines
-    yield rest
+    if rest:
+        yield rest
+
+
+def _show(text: bytes) -> None:
+    sys.stderr.buffer.write(text)
+    sys.stderr.buffer.flush()
 
 
 def _read(descriptor: int) -> bytes:

@@ -50,7 +50,7 @@ NEIGHBOURS = 10
 
 
 class DemoError(Exception):
-    """A stage failed; the message shows the end of its log and what to do."""
+    """A stage failed; the message says where its log is and what to do."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +300,8 @@ def _require_success(child: Child, code: int) -> None:
 
 def _fail(child: Child, what: str) -> NoReturn:
     raise DemoError(
-        f"the stage {child.name!r} {what}. The end of {child.log}:\n\n{child.tail()}\n\n"
-        "Put right what it names, then run `make demo` again: it starts afresh and keeps the "
-        "pictures."
+        f"the stage {child.name!r} {what}; what it said stands above and in {child.log}. Put that "
+        "right and run `make demo` again: it starts afresh and keeps the pictures."
     )
 
 
@@ -401,7 +400,8 @@ def _aligned(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _say(what: str) -> None:
-    print(f"[{_elapsed():5.1f} s] {what}", file=sys.stderr, flush=True)
+    over_a_bar = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{over_a_bar}[{_elapsed():5.1f} s] {what}", file=sys.stderr, flush=True)
 
 
 def _elapsed() -> float:

@@ -81,11 +81,4 @@ def test_stderr_goes_to_the_log_and_on_to_us(
         assert child.wait() == 0
     assert child.output == "result\n"
     assert child.log.read_bytes() == b"[2026-01-31 launcher]\n\r10%\r20%\nend"
-    assert capfdbinary.readouterr().err == b"10%\r20%\nend"
-
-
-def test_the_tail_shows_the_last_states(tmp_path: Path) -> None:
-    code = "import sys; [print(n, file=sys.stderr) for n in range(100)]"
-    with Child("talker", _python(code), tmp_path, os.environ) as child:
-        child.wait()
-    assert child.tail().splitlines() == [str(number) for number in range(75, 100)]
+    assert capfdbinary.readouterr().err == b"\r10%\r20%\nend\n"
