@@ -102,7 +102,7 @@ class Store:
 
     def url_of(self, key: str) -> str:
         """The absolute URL of an object."""
-        return f"{self.url.rstrip('/')}/{key}"
+        return f"{self.url}{key}" if self.url.endswith("/") else f"{self.url}/{key}"
 
     def head(self, key: str) -> ObjectInfo | None:
         """What the store knows of an object, or None if there is none."""
@@ -321,7 +321,7 @@ def resolve(base: Store, key_or_url: str) -> tuple[Store, str]:
     if "://" not in key_or_url:
         return base, key_or_url
     folder, _, name = key_or_url.rpartition("/")
-    return open_store(folder), name
+    return open_store(f"{folder}/"), name
 
 
 def list_files(url: str) -> Iterator[SourceFile]:

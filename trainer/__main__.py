@@ -52,7 +52,7 @@ def run(path: str | None, overrides: list[str], print_config: bool) -> int:
         code = train(config, world)
         stop_world()
         return code
-    except (UsageError, CheckpointError) as error:
+    except (UsageError, CheckpointError, TrainingError) as error:
         if launched_rank() != 0:  # every rank fails alike: the first one tells
             return error.exit_code
         raise

@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -59,50 +59,21 @@ def train(config: "Config", world: World) -> int:
     Returns the exit code: 0 done, 3 stopped by SIGTERM after a committed checkpoint.
     """
     stop = _catch_sigterm()
-    checkpoints = together(world, lambda: Checkpoints(config.checkpoint, world))
-    checkpoint = checkpoints.latest()
-    loader = together(world, lambda: _build_loader(config, world, checkpoint))
-    engine = _build_engine(config, world)
-    queue = _build_queue(config, world, loader)
-    quarantine: list[dict[str, Any]] = []
-    history = b""
-    if checkpoint is not None:
-        quarantine = checkpoints.restore(checkpoint, engine, queue=queue)["quarantine"]
-        history = checkpoints.metrics(checkpoint) if world.is_first else b""
+    run = _prepare(config, world)
+    total_steps = config.train.epochs * run.loader.steps_per_epoch
+    queue_start = _queue_start(config, run.loader.steps_per_epoch)
+    _announce(config, world, run.loader, run.first_step, total_steps)
 
-    total_steps = config.train.epochs * loader.steps_per_epoch
-    first_step = checkpoint.step if checkpoint else 0
-    queue_start = _queue_start(config, loader.steps_per_epoch)
-    _announce(config, world, loader, first_step, total_steps)
-
-    def save(step: int) -> None:
-        found = [entry for entries in world.gather(loader.quarantine) for entry in entries]
-        state = {
-            "loader": loader.state_dict(),
-            "quarantine": quarantine + found,
-            "config": dump_config(config),
-        }
-        metrics = log.all_lines() if log else b""
-        checkpoints.save(step, engine, queue=queue, state=state, metrics=metrics)
-
-    opened = (
-        MetricsLog(
-            config.train.log_dir, history=history, first_step=first_step, total_steps=total_steps
-        )
-        if world.is_first
-        else nullcontext()
-    )
-    with loader, opened as log:
-        clock = _Clock(loader, first_step)
-        saved = first_step
-        for step, batch in enumerate(loader, start=first_step):
-            queue_now = queue if queue and step >= queue_start else None
-            queue_used = queue_now is not None and queue_now.is_full
-            lr = _learning_rate(config, step, loader.steps_per_epoch)
+    with run.loader, _open_log(run, total_steps) as log:
+        clock = _Clock(run.loader, run.first_step)
+        for step, batch in enumerate(run.loader, start=run.first_step):
+            queue = run.queue if step >= queue_start else None
+            queue_used = queue is not None and queue.is_full
+            lr = _learning_rate(config, step, run.loader.steps_per_epoch)
             result = swav_step(
-                engine,
+                run.engine,
                 batch.crops,
-                queue=queue_now,
+                queue=queue,
                 num_crops=config.crops.num_crops,
                 crops_for_assign=config.loss.crops_for_assign,
                 temperature=config.loss.temperature,
@@ -112,22 +83,73 @@ def train(config: "Config", world: World) -> int:
                 freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
                 group=dist.group.WORLD,
             )
-            done = step + 1
-            stopping = False
+            done, stopping = step + 1, False
             if done % config.train.log_every_steps == 0 or done == total_steps:
-                loss, stopped_ranks = _read(world, result, batch, stop.is_set)
-                stopping = stopped_ranks > 0
+                loss, stopping = _read(world, result, batch, stop)
                 record = {"step": step, "epoch": batch.epoch, "loss": loss, "lr": lr}
                 record |= {"queue_used": queue_used, **clock.lap(world, step)}
                 if log:
                     log.write(record)
             if done % config.checkpoint.every_steps == 0 or done == total_steps or stopping:
-                save(done)
-                saved = done
+                run.save(done, log)
             if stopping and done < total_steps:
                 return STOPPED
-        assert saved == total_steps, "the last step is always saved"
     return 0
+
+
+@dataclass
+class _Run:
+    """A run that is ready for its next step."""
+
+    config: "Config"
+    world: World
+    checkpoints: Checkpoints
+    loader: MultiCropLoader
+    engine: Engine
+    queue: FeatureQueue | None
+    first_step: int = 0
+    quarantine: list[dict[str, Any]] = field(default_factory=list)  # of before we were started
+    history: bytes = b""  # metrics of before we were started, on rank 0
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        state = self.checkpoints.restore(checkpoint, self.engine, queue=self.queue)
+        self.first_step = checkpoint.step
+        self.quarantine = state["quarantine"]
+        self.history = self.checkpoints.metrics(checkpoint) if self.world.is_first else b""
+
+    def save(self, step: int, log: MetricsLog | None) -> None:
+        found = [entry for part in self.world.gather(self.loader.quarantine) for entry in part]
+        state = {
+            "loader": self.loader.state_dict(),
+            "quarantine": self.quarantine + found,
+            "config": dump_config(self.config),
+        }
+        metrics = log.all_lines() if log else b""
+        self.checkpoints.save(step, self.engine, queue=self.queue, state=state, metrics=metrics)
+
+
+def _prepare(config: "Config", world: World) -> _Run:
+    """Everything a run needs, in the state of its newest checkpoint if there is one."""
+    checkpoints = together(world, lambda: Checkpoints(config.checkpoint, world))
+    checkpoint = checkpoints.latest()
+    loader = together(world, lambda: _build_loader(config, world, checkpoint))
+    engine = _build_engine(config, world)
+    queue = _build_queue(config, world, loader)
+    run = _Run(config, world, checkpoints, loader, engine, queue)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    return run
+
+
+def _open_log(run: _Run, total_steps: int) -> AbstractContextManager[MetricsLog | None]:
+    if not run.world.is_first:
+        return nullcontext()
+    return MetricsLog(
+        run.config.train.log_dir,
+        history=run.history,
+        first_step=run.first_step,
+        total_steps=total_steps,
+    )
 
 
 def together(world: World, build: Callable[[], T]) -> T:
@@ -209,22 +231,22 @@ def _learning_rate(config: "Config", step: int, steps_per_epoch: int) -> float:
     )
 
 
-def _read(
-    world: World, result: StepResult, batch: Batch, stop_requested: Callable[[], bool]
-) -> tuple[float, float]:
-    """The mean loss over ranks and the share of ranks told to stop; here the host waits.
+def _read(world: World, result: StepResult, batch: Batch, stop: "_Flag") -> tuple[float, bool]:
+    """The mean loss over ranks, and whether any rank was told to stop; here the host waits.
 
-    Raises TrainingError when the loss is not finite, naming the batch.
+    Raises TrainingError on every rank when the loss of one is not finite, naming its samples.
     """
-    mine = torch.stack([result.loss.double(), result.loss.new_tensor(stop_requested()).double()])
-    loss, stopped = world.mean(mine).tolist()
+    mine = result.loss.item()
+    loss, stopped = world.mean([mine, float(stop.is_set())]).tolist()
     if not math.isfinite(loss):
+        where = f"{mine} on rank {world.rank}, samples {batch.samples[:8].tolist()}…"
+        found = [each for each in world.gather(None if math.isfinite(mine) else where) if each]
         raise TrainingError(
-            f"the loss is {loss} at step {batch.step} of epoch {batch.epoch} (rank {world.rank}: "
-            f"{result.loss.item()} on samples {batch.samples[:8].tolist()}…); resume from an older "
-            f"checkpoint with a lower schedule.base_lr, or engine.precision=fp32"
+            f"the loss is not finite at step {batch.step} of epoch {batch.epoch}: {found[0]} "
+            f"({len(found)} rank(s) in all); resume from an older checkpoint with a lower "
+            f"schedule.base_lr or engine.precision=fp32"
         )
-    return loss, stopped
+    return loss, stopped > 0
 
 
 class _Clock:

@@ -5,7 +5,7 @@
         url = server.make_bucket("images")          # "s3://images"
 
 Ports and credentials are random, everything the server writes lies under `directory`, and the
-server never outlives the process that started it.
+server never outlives the thread that started it (on Linux; elsewhere it must be stopped).
 """
 
 import contextlib
