@@ -46,5 +46,8 @@ train: setup  ## start or resume a run: CONFIG=configs/… [NPROC=…] ARGS="loa
 bench: setup  ## measure every figure into build/bench.json [ONLY=loader.]
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only '$(ONLY)')
 
+chaos: setup  ## SIGKILL packing and training at random; results in build/chaos.json
+	$(BIN)/python -m tests.chaos
+
 clean:  ## remove what was built; data on stores is never touched
 	rm -rf build .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import AccessDeniedError, ManifestError, StoreError
+from pipeline.shards import parse_parquet
 from pipeline.store import Store
 
 Numbers = npt.NDArray[np.int64]
@@ -214,7 +215,7 @@ def commit_snapshot(
 
 def _parse_snapshot(body: bytes, version: int, where: str) -> Snapshot:
     try:
-        table = pq.read_table(pa.BufferReader(body), page_checksum_verification=True)
+        table = parse_parquet(body)
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{where}: damaged, restore it from a copy: {error}") from None
     found = (table.schema.metadata or {}).get(_FORMAT_KEY)

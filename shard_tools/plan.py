@@ -27,6 +27,7 @@ from pipeline.manifest import (
     read_commit,
     read_snapshot,
 )
+from pipeline.shards import parse_parquet
 from pipeline.store import SourceFile, Store
 from shard_tools.sources import label_of, sorted_files, source_url
 
@@ -113,8 +114,7 @@ def read_unit(dataset: Store, plan: str, unit: int) -> list[PlannedFile]:
     """The inputs of one shard. Raises ManifestError if they are damaged."""
     key = _unit_key(plan, unit)
     try:
-        source = pa.BufferReader(dataset.get(key))
-        table = pq.read_table(source, page_checksum_verification=True).cast(_UNIT_SCHEMA)
+        table = parse_parquet(dataset.get(key)).cast(_UNIT_SCHEMA)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"{dataset.url_of(key)}: damaged, make a new plan: {error}") from None
     return [PlannedFile(**row) for row in table.to_pylist()]

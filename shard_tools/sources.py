@@ -71,6 +71,6 @@ def _unencodable(run: list[SourceFile]) -> str:
 
 def _read_run(run: Path) -> Iterator[SourceFile]:
     with pq.ParquetFile(run) as parquet:
-        for batch in parquet.iter_batches(_BATCH_ROWS):
+        for batch in parquet.iter_batches(_BATCH_ROWS, use_threads=False):
             for row in batch.to_pylist():
                 yield SourceFile(**row)

@@ -179,15 +179,14 @@ def train(place: Place, config: Config, overrides: list[str], *, num_images: int
 def choose_kill_step(num_steps: int, steps_per_epoch: int, checkpoint_every: int) -> int:
     """The step (from 0) after which to kill: in mid-epoch, and not right behind a checkpoint.
 
-    The first such step from KILL_AFTER of the run on; where epochs or the run are too short for
-    that, the last but one that is at least behind a checkpoint's distance.
+    The first such step from KILL_AFTER of the run on. Where epochs are too short to have a middle,
+    the first one behind a checkpoint; where the run is too short for that, the last but two.
     """
     lost = min(4, checkpoint_every // 2)
-    for done in range(max(checkpoint_every + lost, int(KILL_AFTER * num_steps)), num_steps - 1):
-        in_mid_epoch = 2 <= done % steps_per_epoch <= steps_per_epoch - 2
-        if in_mid_epoch and done % checkpoint_every == lost:
-            return done - 1
-    return max(0, num_steps - 3)
+    first = max(checkpoint_every + lost, int(KILL_AFTER * num_steps))
+    behind = [done for done in range(first, num_steps - 1) if done % checkpoint_every == lost]
+    in_mid_epoch = [done for done in behind if 1 < done % steps_per_epoch < steps_per_epoch - 1]
+    return next(iter(in_mid_epoch or behind), max(1, num_steps - 2)) - 1
 
 
 def _launch(place: Place, name: str, overrides: Sequence[str]) -> Child:
@@ -320,14 +319,17 @@ def summary(
     num_prototypes = config.model.num_prototypes
     peak = max(row["peak_rss_bytes"] for row in rows)
     lines = [
-        ("images packed", f"{packed['packed']:,} in {verified['shards']} shards, all verified"),
+        ("images packed", f"{packed['packed']:,}, all verified ({verified['shards']} shard(s))"),
         ("rejected", _rejects(packed["rejected"])),
         ("packing", f"{packed['images_per_s']:,.0f} images/s"),
         ("training", f"{_median(rows, 'images_per_s'):,.0f} images/s, {NUM_RANKS} ranks"),
         ("loss at start", f"{_mean_loss(rows[:10]):.3f} (first 10 steps)"),
         ("loss at end", f"{_mean_loss(rows[-10:]):.3f} (last 10 of {len(rows)} steps)"),
         ("ln K", f"{math.log(num_prototypes):.3f} (chance, {num_prototypes} prototypes)"),
-        ("killed, resumed", f"after step {training.killed_step}, at {training.resumed_step}"),
+        (
+            "killed by SIGKILL",
+            f"after step {training.killed_step}, resumed at {training.resumed_step}",
+        ),
         ("time to resume", f"{training.resume_s:.1f} s from the launch to the first new step"),
         ("steps lost", f"{training.steps_lost}, trained again"),
         ("peak memory", f"{peak / 1e9:.2f} GB of a training rank"),
