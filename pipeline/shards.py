@@ -223,7 +223,7 @@ def parse_parquet(body: bytes) -> pa.Table:
     """A Parquet file as a table; page checksums, where it has some, are verified.
 
     One thread, not pyarrow.parquet.read_table: that leaves threads behind on which the interpreter
-    now and then aborts when it exits (apache/arrow issue 34314). Raises pa.ArrowException, OSError.
+    now and then aborts when it exits, a known fault of Arrow. Raises pa.ArrowException, OSError.
     """
     with pq.ParquetFile(pa.BufferReader(body), page_checksum_verification=True) as file:
         return file.read(use_threads=False)

@@ -30,6 +30,7 @@ from tests.support.launch import (
 RESULTS = Path("build/chaos.json")
 IMAGES = 120
 STEPS = 30
+PACK = [sys.executable, "-m", "shard_tools", "pack"]
 TRAIN = [
     *("loader.global_batch=8", "loader.lanes=4", "crops.global_size_px=32", "crops.local_crops=0"),
     *("model.backbone=resnet18", "model.hidden_dim=16", "model.feat_dim=8", "queue.length=16"),
