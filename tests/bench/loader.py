@@ -86,13 +86,19 @@ class Reference:
 class Ours:
     """The loader itself: from the bytes of a packed data set to collated uint8 blocks."""
 
-    def __init__(self, files: list[bytes], folder: str) -> None:
+    def __init__(self, files: list[bytes], folder: str, *, batch_size: int = BATCH) -> None:
         write_dataset(folder, files, per_shard=64)
-        self.config = LoaderConfig(dataset=folder, global_batch=BATCH, threads=1)
+        self.config = LoaderConfig(dataset=folder, global_batch=batch_size, threads=1)
 
     def __call__(self) -> None:
+        assert sum(len(samples) for samples, _ in self.batches()) == IMAGES
+
+    def batches(self) -> Iterator[tuple[list[int], list[tuple[tuple[int, ...], torch.dtype]]]]:
+        """One epoch: the sample numbers of each batch, and what its blocks are."""
         with MultiCropLoader(self.config, CROPS, AugmentConfig(), seed=0, epochs=1) as loader:
-            assert sum(len(batch.samples) for batch in loader.cut_batches()) == IMAGES
+            for batch in loader.cut_batches():
+                blocks = [(tuple(block.shape), block.dtype) for block in batch.blocks]
+                yield batch.samples.tolist(), blocks
 
 
 class PillowBlur:

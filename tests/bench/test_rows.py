@@ -36,9 +36,11 @@ def test_table_is_aligned_and_names_the_verdict() -> None:
     assert len({line.index(" x ") for line in lines[1:]}) == 1
 
 
-def test_both_loaders_give_the_same_crops_of_the_same_photographs() -> None:
+def test_both_loaders_cut_the_same_crops_of_the_same_photographs(tmp_path: Path) -> None:
     files = photographs()[:2]
-    reference, ours = Reference()(files), Ours(len(files))(files)
-    sizes = [tuple(crop.shape) for crop in reference[1]]
-    assert sizes == [tuple(block.shape[2:]) for block in ours for _ in block]
-    assert all(block.dtype == torch.uint8 for block in ours)
+    (reference, _), ours = Reference()(files), Ours(files, str(tmp_path), batch_size=2)
+    ((samples, blocks),) = list(ours.batches())
+    assert sorted(samples) == [0, 1]
+    sizes = [tuple(crop.shape) for crop in reference]
+    assert sizes == [shape[2:] for shape, _ in blocks for _ in range(shape[0])]
+    assert {dtype for _, dtype in blocks} == {torch.uint8}
