@@ -6,27 +6,47 @@ flight and not yet consumed stay within a budget; every sample's CRC32C is check
 decodes it.
 
 Threads, not processes: the time goes into the store's client, which releases the GIL, and its
-client does not survive a fork. A sample or shard that cannot be read is no exception here but a
-`BadSample`: the loader decides what replaces it.
+client does not survive a fork. A damaged sample or shard is no exception here but a `BadSample`:
+the loader decides what replaces it. A store out of reach is waited for, and then an error: what is
+trained on never depends on the network.
 """
 
+import hashlib
+import logging
+import random
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import AccessDeniedError, DataError, StoreError
+from pipeline.errors import (
+    AccessDeniedError,
+    DataError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+)
 from pipeline.manifest import Snapshot
 from pipeline.shards import crc32c, kept_rows, read_index
 from pipeline.store import Store, resolve
 from pipeline.telemetry import Telemetry
 
-_INDEXES_IN_MEMORY = 256  # of ~300 kB each: a loader's lanes stand in that many shards at most
+_INDEX_CACHE_BYTES = 128 << 20  # some 50 bytes a row: a thousand shards of 2,500 images
+_COLUMNS = ("key", "offset", "length", "crc32c")
+_PATIENCE_S = 300.0  # with a store that cannot be reached
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.5, 30.0
+
+# The data is at fault, not the way to it: these samples are replaced and the run goes on.
+_BAD_DATA = (DataError, ObjectMissingError, ObjectChangedError)
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,24 +94,40 @@ class SampleReader:
     Args:
         dataset: the data set's prefix, against which the snapshot's relative keys are resolved.
         snapshot: which shards, and how many kept rows each.
+        patience_s: how long a store may be out of reach before reading fails.
     """
 
-    def __init__(self, dataset: Store, snapshot: Snapshot, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        dataset: Store,
+        snapshot: Snapshot,
+        telemetry: Telemetry,
+        *,
+        patience_s: float = _PATIENCE_S,
+    ) -> None:
         self._dataset = dataset
         self._snapshot = snapshot
         self._telemetry = telemetry
+        self._patience_s = patience_s
         self._indexes: OrderedDict[int, _Index] = OrderedDict()
+        self._index_bytes = 0
         self._lock = threading.Lock()
+        self._closed = threading.Event()
 
     def read(self, first: int, last: int) -> list[RawSample | BadSample]:
-        """Samples first … last, one GET per shard; what cannot be read comes back as a BadSample.
+        """Samples first … last, one GET per shard; damaged ones come back as BadSamples.
 
-        Raises AccessDeniedError: that is no matter of a single shard.
+        Raises StoreError when the store itself stays out of reach or refuses: that says nothing
+        about the samples.
         """
         found: list[RawSample | BadSample] = []
         for shard, start, stop in self._shards_of(first, last):
             found += self._read_rows(shard, start, stop)
         return found
+
+    def close(self) -> None:
+        """Give up waiting for a store that is out of reach."""
+        self._closed.set()
 
     def _shards_of(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """(shard, first kept row, end) of every shard that the samples touch."""
@@ -108,11 +144,10 @@ class SampleReader:
         url = self._snapshot.tar[shard]
         number = int(self._snapshot.first_row[shard]) + start
         try:
-            rows = self._index(shard).slice(start, stop - start).to_pydict()
-            body, origin = self._read_range(shard, rows)
-        except AccessDeniedError:
-            raise
-        except (StoreError, DataError) as error:
+            index = self._patiently(lambda: self._index(shard))
+            rows = index.slice(start, stop - start).to_pydict()
+            body, origin = self._patiently(lambda: self._read_range(shard, rows))
+        except _BAD_DATA as error:
             return [BadSample(number + i, "", url, str(error)) for i in range(stop - start)]
         labels = rows.get("label") or [None] * len(rows["key"])
         samples: list[RawSample | BadSample] = []
@@ -125,6 +160,22 @@ class SampleReader:
             else:
                 samples.append(BadSample(number + i, key, url, "checksum differs"))
         return samples
+
+    def _patiently(self, work: Callable[[], T]) -> T:
+        """Try again, with pauses that double, while the store cannot be reached."""
+        deadline, pause_s = time.monotonic() + self._patience_s, _FIRST_PAUSE_S
+        while True:
+            try:
+                return work()
+            except (AccessDeniedError, *_BAD_DATA):
+                raise
+            except StoreError as error:
+                if time.monotonic() + pause_s > deadline or self._closed.is_set():
+                    raise
+                _log.warning("%s; trying again in %.1f s", error, pause_s)
+            self._telemetry.add(fetch_retries=1)
+            self._closed.wait(pause_s * random.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _read_range(self, shard: int, rows: dict[str, Any]) -> tuple[bytes, int]:
         origin = rows["offset"][0]
@@ -140,12 +191,18 @@ class SampleReader:
         with self._lock:
             entry = self._indexes.setdefault(shard, _Index())
             self._indexes.move_to_end(shard)
-            if len(self._indexes) > _INDEXES_IN_MEMORY:
-                self._indexes.popitem(last=False)
         with entry.lock:
             if entry.rows is None:
                 entry.rows = self._load_index(shard)
+                self._make_room(entry.rows.nbytes)
             return entry.rows
+
+    def _make_room(self, added_bytes: int) -> None:
+        with self._lock:
+            self._index_bytes += added_bytes
+            while self._index_bytes > _INDEX_CACHE_BYTES and len(self._indexes) > 1:
+                _, oldest = self._indexes.popitem(last=False)
+                self._index_bytes -= oldest.rows.nbytes if oldest.rows is not None else 0
 
     def _load_index(self, shard: int) -> pa.Table:
         store, key = resolve(self._dataset, self._snapshot.index[shard])
@@ -154,8 +211,8 @@ class SampleReader:
         table = read_index(
             body, where=f"{store.url}/{key}", sha256=self._snapshot.index_sha256[shard]
         )
-        mask = self._read_mask(shard)
-        rows = kept_rows(table, mask)
+        names = [*_COLUMNS, *(("label",) if "label" in table.column_names else ())]
+        rows = kept_rows(table, self._read_mask(shard)).select(names)
         expected = int(np.diff(self._snapshot.first_row[shard : shard + 2])[0])
         if len(rows) != expected:
             raise DataError(
@@ -169,7 +226,13 @@ class SampleReader:
         if name is None:
             return None
         store, key = resolve(self._dataset, name)
-        return store.get(key)
+        mask = store.get(key)
+        if hashlib.sha256(mask).digest() != self._snapshot.mask_sha256[shard]:
+            raise DataError(
+                f"{store.url_of(key)}: the mask's SHA-256 is not the recorded one; restore the "
+                f"object, or read an older version of the data set"
+            )
+        return mask
 
 
 class Prefetcher:
@@ -216,6 +279,7 @@ class Prefetcher:
         return sample
 
     def close(self) -> None:
+        self._reader.close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _request_until(self, name: tuple[int, int]) -> None:

@@ -1,5 +1,4 @@
-"""Batches in order, handed to the device; the state of a run's data; a sequential mode for
-evaluation.
+"""Batches in order, handed to the device, and the state of a run's data.
 
 A batch is a pure function of (snapshot, seed, epoch, step, rank, world size): fetching and
 decoding are spread over threads, but who does what never shows in the result. A thread decodes an
@@ -7,14 +6,14 @@ image once and cuts all its crops into the batch's uint8 blocks; colour, blur an
 follow in batches on the device. Threads suffice because decoding, resizing and reading release the
 GIL, and they hand over without copying.
 
-A sample that cannot be used is replaced by the next good one of its lane's window, cropped with
-the seed of the slot it fills, and entered in the quarantine, which the checkpoint carries.
+A sample that cannot be used is replaced by the next good one of its lane (the rest of its window
+first), cropped with the seed of the slot it fills, and entered in the quarantine, which the
+checkpoint carries.
 """
 
 import os
-import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -27,12 +26,13 @@ from numpy.typing import NDArray
 
 from pipeline.augment import AugmentConfig, augment, draw_augment
 from pipeline.crops import CropsConfig, crop_blocks, crop_boxes, cut_crops
-from pipeline.decode import decode_rgb
+from pipeline.decode import MAX_PIXELS, decode_rgb
 from pipeline.errors import DataError, SampleError, UsageError
 from pipeline.fetch import BadSample, Prefetcher, RawSample, SampleReader, pieces_in_order
 from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.order import SampleOrder, check_world_size, resolve_sizes
-from pipeline.store import Store, open_store
+from pipeline.quarantine import Quarantine
+from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
 
 Int64 = NDArray[np.int64]
@@ -56,7 +56,8 @@ class LoaderConfig:
     threads: Annotated[int, Ge(0)] = 0  # decoding, a rank; 0: the cores a rank has to itself
     budget_bytes: Annotated[int, Gt(0)] = 2 << 30  # encoded samples in flight or held, a rank
     prefetch_batches: Annotated[int, Gt(0)] = 2
-    max_bad_samples: Annotated[int, Ge(0)] = 1000  # substituted, a rank, before the run fails
+    max_bad_samples: Annotated[int, Ge(0)] = 1000  # distinct ones, before the run fails
+    max_image_pixels: Annotated[int, Gt(0)] = MAX_PIXELS  # larger images count as bad
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class CutBatch:
     samples: Int64
     blocks: list[torch.Tensor]
     jobs: list[Future[None]] = field(default_factory=list)
+    copied: torch.cuda.Event | None = None  # when the device has its own copy
 
 
 class MultiCropLoader:
@@ -96,6 +98,7 @@ class MultiCropLoader:
         local_world_size: ranks that share this machine's cores.
         device: where the crops of a batch end up.
         epochs: stop after so many; None never stops.
+        state, quarantine: where to go on, and the bad samples known by then, of a checkpoint.
 
     Use it as a context manager, or call `close`: it owns threads. After a batch was yielded,
     `state_dict` is the position behind that batch.
@@ -117,6 +120,7 @@ class MultiCropLoader:
         device: torch.device | str = "cpu",
         epochs: int | None = None,
         state: dict[str, Any] | None = None,
+        quarantine: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         self.config = config
         self.crops = crops
@@ -135,11 +139,12 @@ class MultiCropLoader:
         self.snapshot = read_snapshot(self.store, wanted)
         self.order = self._resolve_order(seed, state)
         self._ahead_bytes = self._in_flight_bytes()
-        self.quarantine: list[dict[str, Any]] = []
+        self.quarantine = Quarantine(
+            config.dataset, limit=config.max_bad_samples, entries=quarantine
+        )
         self._epoch, self._step = 0, 0
-        self._lock = threading.Lock()
-        self._prefetcher: Prefetcher | None = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._workers: _Workers | None = None
+        self._copies = _copy_stream(self.device)
         if state is not None:
             self.load_state_dict(state)
 
@@ -184,11 +189,11 @@ class MultiCropLoader:
         positions = self._positions(self._epoch, self._step)
         pending: deque[CutBatch] = deque()
         free = [self._new_blocks() for _ in range(self.config.prefetch_batches + 1)]
-        self._start()
+        workers = self._workers = self._start()
         try:
             while True:
                 while free and (position := next(positions, None)) is not None:
-                    pending.append(self._submit(*position, free.pop()))
+                    pending.append(self._submit(workers, *position, free.pop()))
                 if not pending:
                     return
                 batch = pending.popleft()
@@ -197,18 +202,17 @@ class MultiCropLoader:
                         job.result()
                 self._epoch, self._step = self._behind(batch.epoch, batch.step)
                 yield batch
+                if batch.copied is not None:
+                    batch.copied.synchronize()
                 free.append(batch.blocks)
         finally:
-            self.close()
+            workers.stop()
 
     def close(self) -> None:
         """Stop the threads; nothing is left behind."""
-        if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
-            self._threads = None
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
+        if self._workers is not None:
+            self._workers.stop()
+            self._workers = None
 
     def __enter__(self) -> Self:
         return self
@@ -233,6 +237,7 @@ class MultiCropLoader:
             lanes=config.lanes or chosen.get("lanes", 0),
             chunk=config.chunk or chosen.get("chunk", 0),
             window=config.window or chosen.get("window", 0),
+            budget_bytes=config.budget_bytes,
         )
         order = SampleOrder(
             snapshot.num_kept, global_batch=config.global_batch, seed=seed, **asdict(sizes)
@@ -261,16 +266,17 @@ class MultiCropLoader:
     def _behind(self, epoch: int, step: int) -> tuple[int, int]:
         return (epoch, step + 1) if step + 1 < self.order.num_steps else (epoch + 1, 0)
 
-    def _start(self) -> None:
-        self._reader = SampleReader(self.store, self.snapshot, self.telemetry)
-        self._prefetcher = Prefetcher(
-            self._reader,
+    def _start(self) -> "_Workers":
+        reader = SampleReader(self.store, self.snapshot, self.telemetry)
+        prefetcher = Prefetcher(
+            reader,
             pieces_in_order(self._windows(self._epoch, self._step), self.order.chunk),
             ahead_bytes=self._ahead_bytes,
             sample_bytes=mean_sample_bytes(self.snapshot),
             threads=_FETCH_THREADS,
         )
-        self._threads = ThreadPoolExecutor(self._num_threads(), thread_name_prefix="decode")
+        threads = ThreadPoolExecutor(self._num_threads(), thread_name_prefix="decode")
+        return _Workers(reader, prefetcher, threads)
 
     def _num_threads(self) -> int:
         cores = len(os.sched_getaffinity(0))
@@ -293,14 +299,15 @@ class MultiCropLoader:
     def _new_blocks(self) -> list[torch.Tensor]:
         return crop_blocks(self.crops, self.batch_size, pin_memory=self.device.type == "cuda")
 
-    def _submit(self, epoch: int, step: int, blocks: list[torch.Tensor]) -> CutBatch:
-        assert self._threads is not None
+    def _submit(
+        self, workers: "_Workers", epoch: int, step: int, blocks: list[torch.Tensor]
+    ) -> CutBatch:
         samples = self.order.batch(epoch, step, self.rank, self.world_size)
-        pending = CutBatch(epoch, step, samples, blocks)
+        batch = CutBatch(epoch, step, samples, blocks)
         parts = min(len(samples), self._num_threads() * _JOBS_PER_THREAD)
         for slots in np.array_split(np.arange(len(samples)), parts):
-            pending.jobs.append(self._threads.submit(self._fill, pending, slots.tolist()))
-        return pending
+            batch.jobs.append(workers.threads.submit(self._fill, workers, batch, slots.tolist()))
+        return batch
 
     def _to_device(self, batch: CutBatch) -> list[torch.Tensor]:
         crops, first = [], 0
@@ -313,81 +320,97 @@ class MultiCropLoader:
                 samples=batch.samples,
                 crop_indices=range(first, first + count),
             )
-            pixels = block.flatten(0, 1).to(self.device, non_blocking=True)
+            pixels = self._upload(batch, block.flatten(0, 1))
             crops.append(augment(pixels, params, self.augmentation))
             first += count
-        if self.device.type == "cuda":  # the blocks will be written again
-            torch.cuda.current_stream(self.device).synchronize()
         return crops
 
-    def _fill(self, pending: CutBatch, slots: list[int]) -> None:
+    def _upload(self, batch: CutBatch, pixels: torch.Tensor) -> torch.Tensor:
+        """Copy to the device beside what it computes; the host waits before it reuses the block."""
+        if self._copies is None:
+            return pixels
+        with torch.cuda.stream(self._copies):
+            uploaded = pixels.to(self.device, non_blocking=True)
+            batch.copied = self._copies.record_event()
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._copies)
+        uploaded.record_stream(computing)
+        return uploaded
+
+    def _fill(self, workers: "_Workers", batch: CutBatch, slots: list[int]) -> None:
         """Decode the images of some slots of a batch and cut their crops into its blocks."""
-        numbers = pending.samples[slots]
-        images = [
-            self._image(pending.epoch, pending.step, slot, int(number))
-            for slot, number in zip(slots, numbers, strict=True)
-        ]
+        numbers = batch.samples[slots]
+        images = [self._image(workers, batch, slot) for slot in slots]
         with self.telemetry.timed("crop_s"):
             boxes = crop_boxes(
                 self.crops,
                 seed=self.order.seed,
-                epoch=pending.epoch,
+                epoch=batch.epoch,
                 sample=numbers,
                 width_px=[image.shape[1] for image in images],
                 height_px=[image.shape[0] for image in images],
             )
             for slot, image, box in zip(slots, images, boxes, strict=True):
-                cut_crops(image, box, [block[:, slot] for block in pending.blocks])
+                cut_crops(image, box, [block[:, slot] for block in batch.blocks])
 
-    def _image(self, epoch: int, step: int, slot: int, number: int) -> NDArray[np.uint8]:
-        assert self._prefetcher is not None
-        sample = self._prefetcher.take(epoch, number)
-        image = self._decode(sample)
+    def _image(self, workers: "_Workers", batch: CutBatch, slot: int) -> NDArray[np.uint8]:
+        image = self._decode(workers.prefetcher.take(batch.epoch, int(batch.samples[slot])))
         if isinstance(image, BadSample):
-            return self._substitute(epoch, step, slot, image)
+            return self._substitute(workers, batch, slot, image)
         return image
 
     def _decode(self, sample: RawSample | BadSample) -> NDArray[np.uint8] | BadSample:
         if isinstance(sample, BadSample):
             return sample
+        limits = {"max_pixels": self.config.max_image_pixels, "max_bytes": len(sample.data)}
         try:
             with self.telemetry.timed("decode_s"):
-                return decode_rgb(sample.data)
+                return decode_rgb(sample.data, **limits)
         except SampleError as error:
             return BadSample(sample.number, sample.key, sample.shard, str(error))
 
-    def _substitute(self, epoch: int, step: int, slot: int, bad: BadSample) -> NDArray[np.uint8]:
-        """The next good sample of the window, round its end; the bad one is remembered."""
+    def _substitute(
+        self, workers: "_Workers", batch: CutBatch, slot: int, bad: BadSample
+    ) -> NDArray[np.uint8]:
+        """The first good sample of the order's replacements; the bad one is remembered."""
         per_lane = self.order.global_batch // self.order.lanes
-        lane = self.order.lanes_of(self.rank, self.world_size).start + slot // per_lane
-        window = self.order.window_of(epoch, lane, step * per_lane).tolist()
-        place = window.index(bad.number) if bad.number in window else 0
-        for number in window[place + 1 :] + window[:place]:
-            image = self._decode(self._reader.read(number, number)[0])
+        lane_of_rank, place_of_step = divmod(slot, per_lane)
+        lane = self.order.lanes_of(self.rank, self.world_size)[lane_of_rank]
+        place = batch.step * per_lane + place_of_step
+        for number in self.order.replacements(batch.epoch, lane, place):
+            if number in self.quarantine:
+                continue
+            image = self._decode(workers.reader.read(number, number)[0])
             if not isinstance(image, BadSample):
-                self._remember(epoch, step, bad, number)
+                self.telemetry.add(substituted_samples=1)
+                self.quarantine.add(bad, epoch=batch.epoch, step=batch.step, substitute=number)
                 return image
+            self.quarantine.note(number)
         raise DataError(
-            f"no sample of a whole window can be used; the last was {bad.key or bad.number} of "
+            f"no sample of lane {lane} can be used; the last was {bad.key or bad.number} of "
             f"{bad.shard}: {bad.reason}; run `python -m shard_tools verify {self.config.dataset}`"
         )
 
-    def _remember(self, epoch: int, step: int, bad: BadSample, substitute: int) -> None:
-        self.telemetry.add(substituted_samples=1)
-        entry = {"epoch": epoch, "step": step, "substitute": substitute, **asdict(bad)}
-        with self._lock:
-            self.quarantine.append(entry)
-            count = len(self.quarantine)
-        if count > self.config.max_bad_samples:
-            listed = "\n  ".join(
-                f"{e['key'] or e['number']} of {e['shard']}: {e['reason']}"
-                for e in self.quarantine[:20]
-            )
-            raise DataError(
-                f"{count} samples of {self.config.dataset} could not be used, allowed are "
-                f"loader.max_bad_samples={self.config.max_bad_samples}; run `python -m shard_tools "
-                f"verify {self.config.dataset}`. The first of them:\n  {listed}"
-            )
+
+@dataclass(frozen=True)
+class _Workers:
+    """The threads of one iteration."""
+
+    reader: SampleReader
+    prefetcher: Prefetcher
+    threads: ThreadPoolExecutor
+
+    def stop(self) -> None:
+        """End them now; more than once is no error."""
+        self.reader.close()
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        self.prefetcher.close()
+
+
+def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _check_unchanged(mine: dict[str, Any], state: dict[str, Any]) -> None:
@@ -398,92 +421,6 @@ def _check_unchanged(mine: dict[str, Any], state: dict[str, Any]) -> None:
                 f"{section}.{name} is {value}, but the checkpoint was written with {state[name]}; "
                 f"set it back, or start a new run under another checkpoint.run"
             )
-
-
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Consecutive samples: numbers int64 [B], labels, normalised float32 images [B, 3, s, s]."""
-
-    samples: Int64
-    labels: list[str | None]
-    images: torch.Tensor
-
-
-class SequentialLoader:
-    """Every kept row once, in the order of the shards, the last batch ragged; for evaluation.
-
-    An image is resized so that its shorter side is size_px * 256 / 224 and its centre is cut out
-    (Resize 256, CenterCrop 224 of the reference's eval_linear.py). Chunks are dealt to the ranks
-    in turn. Samples that cannot be used are left out and counted in `telemetry` as `bad_samples`.
-    """
-
-    def __init__(
-        self,
-        config: LoaderConfig,
-        augmentation: AugmentConfig,
-        *,
-        size_px: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.config = config
-        self.augmentation = augmentation
-        self.size_px = size_px
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.telemetry = Telemetry()
-        self.store: Store = open_store(config.dataset)
-        self.snapshot = read_snapshot(self.store, config.version or None)
-
-    def __iter__(self) -> Iterator[EvaluationBatch]:
-        reader = SampleReader(self.store, self.snapshot, self.telemetry)
-        with ThreadPoolExecutor(_FETCH_THREADS, thread_name_prefix="evaluate") as threads:
-            ahead: deque[Future[EvaluationBatch | None]] = deque()
-            for first in self._firsts():
-                ahead.append(threads.submit(self._load, reader, first))
-                if len(ahead) > 2 * _FETCH_THREADS and (batch := ahead.popleft().result()):
-                    yield batch
-            for future in ahead:
-                if batch := future.result():
-                    yield batch
-
-    def _firsts(self) -> range:
-        stride = self.batch_size * self.world_size
-        return range(self.rank * self.batch_size, self.snapshot.num_kept, stride)
-
-    def _load(self, reader: SampleReader, first: int) -> EvaluationBatch | None:
-        last = min(first + self.batch_size, self.snapshot.num_kept) - 1
-        numbers, labels, images = [], [], []
-        for sample in reader.read(first, last):
-            if isinstance(sample, RawSample):
-                try:
-                    image = decode_rgb(sample.data)
-                except SampleError:
-                    pass
-                else:
-                    numbers.append(sample.number)
-                    labels.append(sample.label)
-                    images.append(centre_crop(image, self.size_px))
-        self.telemetry.add(bad_samples=last + 1 - first - len(numbers))
-        if not images:
-            return None
-        mean = torch.tensor(self.augmentation.mean).view(3, 1, 1)
-        std = torch.tensor(self.augmentation.std).view(3, 1, 1)
-        pixels = (torch.stack(images).float() / 255 - mean) / std
-        return EvaluationBatch(np.array(numbers, dtype=np.int64), labels, pixels)
-
-
-def centre_crop(image: NDArray[np.uint8], size_px: int) -> torch.Tensor:
-    """Shorter side to size_px * 256 / 224, then the centre: uint8 [3, size_px, size_px]."""
-    height, width = image.shape[:2]
-    side = min(height, width) * 224 / 256
-    top, left = round((height - side) / 2), round((width - side) / 2)
-    box = np.array([[top, left, round(side) or 1, round(side) or 1]], dtype=np.int32)
-    out = torch.empty((1, size_px, size_px, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    cut_crops(image, box, [out])
-    return out[0]
 
 
 def mean_sample_bytes(snapshot: Snapshot) -> float:

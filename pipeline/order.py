@@ -17,7 +17,7 @@ A batch is lane-major and a rank owns consecutive lanes, so the batches of the r
 are the batch of a world of one: the world size never changes what is trained on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,19 @@ class SampleOrder:
         places = np.arange(start, min(start + size, self.samples_per_lane), dtype=np.int64)
         return self.sample_at(epoch, np.full_like(places, lane), places)
 
+    def replacements(self, epoch: int, lane: int, place: int) -> Iterator[int]:
+        """What may stand in for the sample at a place, in turn: a pure function, like the order.
+
+        First the rest of its window, round the window's end, then the lane's following windows,
+        round the lane's end.
+        """
+        size = self.window * self.chunk
+        window, here = self.window_of(epoch, lane, place).tolist(), place % size
+        yield from window[here + 1 :] + window[:here]
+        start = place - here
+        for other in (*range(start + size, self.samples_per_lane, size), *range(0, start, size)):
+            yield from self.window_of(epoch, lane, other).tolist()
+
     def sample_at(self, epoch: int, lane: Int64, place: Int64) -> Int64:
         """The sample at `place` (0 … samples_per_lane - 1) of `lane`, elementwise."""
         size = self.window * self.chunk
@@ -135,6 +148,7 @@ def resolve_sizes(
     world_size: int,
     mean_sample_bytes: float,
     num_samples: int,
+    budget_bytes: int,
     lanes: int = 0,
     chunk: int = 0,
     window: int = 0,
@@ -142,16 +156,18 @@ def resolve_sizes(
 ) -> OrderSizes:
     """Fill in the sizes left at 0.
 
-    lanes: the largest divisor of the global batch up to max(64, world) that the world size
-    divides. chunk: so many mean samples as make about `chunk_bytes`, but no more than leave every
-    lane eight chunks of a small data set. window: 4 chunks.
+    lanes: the largest divisor of the global batch up to max(64, world) that the world size divides.
+    window: 4 chunks. chunk: so many mean samples as make about `chunk_bytes`, but no more than
+    leave every lane eight chunks of a small data set, nor than keep what a rank reads ahead
+    (window + 1 chunks for each of its lanes) within `budget_bytes`.
     """
-    if not lanes:
-        lanes = _default_lanes(global_batch, world_size)
+    lanes = lanes or _default_lanes(global_batch, world_size)
+    window = window or 4
     if not chunk:
-        fitting = max(1, round(chunk_bytes / max(1.0, mean_sample_bytes)))
-        chunk = max(1, min(fitting, num_samples // (8 * lanes)))
-    return OrderSizes(lanes=lanes, chunk=chunk, window=window or 4)
+        ahead = lanes / world_size * (window + 1) * max(1.0, mean_sample_bytes)
+        fitting = min(chunk_bytes / max(1.0, mean_sample_bytes), budget_bytes / ahead)
+        chunk = max(1, min(int(fitting), num_samples // (8 * lanes)))
+    return OrderSizes(lanes=lanes, chunk=chunk, window=window)
 
 
 def check_world_size(lanes: int, world_size: int) -> None:

@@ -122,19 +122,35 @@ class Store:
     ) -> bytes:
         """Exactly `length_bytes` bytes from `start_bytes` on.
 
-        With `tag`, raises ObjectChangedError unless the object still has it. A shorter body is
-        asked for again and then raises StoreError: the object is shorter than the caller believes.
+        Raises ObjectChangedError if the object is shorter than that, or has not the `tag`. A body
+        that was cut on the way is asked for again.
         """
         if length_bytes == 0:
             return b""
         for _ in range(SHORT_BODY_ATTEMPTS):
-            body = self._get_range_once(key, start_bytes, length_bytes, tag)
+            try:
+                body = self._get_range_once(key, start_bytes, length_bytes, tag)
+            except StoreError as error:
+                self._refuse_if_shorter(key, start_bytes + length_bytes, error)
+                raise
             if len(body) == length_bytes:
                 return body
+        self._refuse_if_shorter(key, start_bytes + length_bytes)
         raise StoreError(
             f"cannot read {self.url_of(key)}: asked for {length_bytes} bytes at {start_bytes}, "
-            f"got {len(body)}; the object was cut or replaced: run `python -m shard_tools verify`"
+            f"got {len(body)}; {_NETWORK_ADVICE}"
         )
+
+    def _refuse_if_shorter(self, key: str, end_bytes: int, error: StoreError | None = None) -> None:
+        """Tell a range behind the end, which stores answer in many ways, from an outage."""
+        if isinstance(error, AccessDeniedError | ObjectMissingError | ObjectChangedError):
+            return
+        info = self.head(key)
+        if info is not None and info.size_bytes < end_bytes:
+            raise ObjectChangedError(
+                f"{self.url_of(key)} has {info.size_bytes} bytes, recorded were at least "
+                f"{end_bytes}; restore it, `python -m shard_tools verify` finds all like it"
+            )
 
     def put_if_absent(self, key: str, body: bytes) -> bool:
         """Write a small object by one conditional PUT; False if there is an object already.

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pipeline.augment import AugmentConfig
 from pipeline.crops import CropsConfig
 from pipeline.errors import DataError, ManifestError, UsageError
-from pipeline.loader import Batch, LoaderConfig, MultiCropLoader, SequentialLoader
+from pipeline.loader import Batch, LoaderConfig, MultiCropLoader
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
 
@@ -17,7 +18,9 @@ CROPS = CropsConfig(global_size_px=32, local_crops=2, local_size_px=16)
 COUNT = 96
 
 
-def loader_of(url: str, *, world: tuple[int, int] = (0, 1), state=None, epochs=None, **settings):
+def loader_of(
+    url: str, *, world: tuple[int, int] = (0, 1), state=None, epochs=None, quarantine=(), **settings
+):
     settings = {"global_batch": 8, "lanes": 4, "chunk": 5, "window": 2, "threads": 2} | settings
     return MultiCropLoader(
         LoaderConfig(dataset=url, **settings),
@@ -28,6 +31,7 @@ def loader_of(url: str, *, world: tuple[int, int] = (0, 1), state=None, epochs=N
         world_size=world[1],
         epochs=epochs,
         state=state,
+        quarantine=quarantine,
     )
 
 
@@ -109,8 +113,9 @@ def test_a_damaged_sample_is_replaced_by_the_same_one_every_time(folder):
     batches = take(loader, 1000)
     again = loader_of(folder, epochs=1)
     assert_same(take(again, 1000), batches)
-    (entry,) = loader.quarantine
-    assert again.quarantine == [entry]
+    (entry,) = loader.quarantine.before(1, 0)
+    assert again.quarantine.before(1, 0) == [entry]
+    assert loader.quarantine.before(0, entry["step"]) == [], "not before its turn"
     assert entry["reason"] == "checksum differs"
     assert entry["shard"].endswith(tar.name)
     assert entry["substitute"] != entry["number"]
@@ -133,7 +138,67 @@ def test_a_whole_missing_shard_is_survived_within_the_budget(folder):
     sorted(Path(folder, "data").rglob("*.tar"))[1].unlink()
     loader = loader_of(folder, epochs=1)
     assert len(take(loader, 1000)) == COUNT // 8
-    assert sorted(e["number"] for e in loader.quarantine) == list(range(16, 32))
+    found = loader.quarantine.before(1, 0)
+    assert sorted(entry["number"] for entry in found) == list(range(16, 32))
+    assert all(entry["substitute"] not in range(16, 32) for entry in found)
+
+
+def test_a_bad_sample_counts_once_however_often_it_is_met(folder):
+    sorted(Path(folder, "data").rglob("*.tar"))[1].unlink()
+    loader = loader_of(folder, epochs=4, max_bad_samples=16)
+    take(loader, 1000)
+    known = loader.quarantine.before(4, 0)
+    assert len(known) == 16
+    again = loader_of(folder, epochs=4, max_bad_samples=16, quarantine=known)
+    take(again, 1000)
+    assert again.quarantine.before(4, 0) == known
+
+
+def test_a_substitute_comes_from_the_rest_of_its_own_window(folder):
+    """Steps of 3 places in windows of 10: a batch straddles two."""
+    settings = {"global_batch": 12, "lanes": 4, "chunk": 5, "window": 2}
+    order = loader_of(folder, **settings).order
+    tar = sorted(Path(folder, "data").rglob("*.tar"))[2]
+    tar.write_bytes(tar.read_bytes()[:512])  # all of 32 … 47
+    loader = loader_of(folder, epochs=1, **settings)
+    take(loader, 1000)
+    entries = loader.quarantine.before(1, 0)
+    assert len(entries) == 16
+    places = np.arange(order.samples_per_lane)
+    for entry in entries:
+        for lane in range(4):
+            row = order.sample_at(0, np.full_like(places, lane), places).tolist()
+            if entry["number"] in row:
+                expected = order.replacements(0, lane, row.index(entry["number"]))
+                good = next(number for number in expected if number not in range(32, 48))
+                assert entry["substitute"] == good
+
+
+def test_a_window_of_nothing_but_bad_samples_takes_from_the_next(folder):
+    """21 places a lane in windows of 10: the last window is one sample, which is damaged."""
+    settings = {"global_batch": 4, "lanes": 4, "chunk": 5, "window": 2}
+    order = loader_of(folder, **settings).order
+    last = int(order.sample_at(0, np.array([1]), np.array([20]))[0])
+    tar = Path(folder, "data", "00", f"{last // 16 * 16:06d}.tar")
+    body = bytearray(tar.read_bytes())
+    index = pq.read_table(tar.with_suffix(".parquet"), use_threads=False)
+    body[index["offset"][last % 16].as_py() + 100] ^= 1
+    tar.write_bytes(body)
+    loader = loader_of(folder, epochs=1, **settings)
+    take(loader, 1000)
+    (entry,) = loader.quarantine.before(1, 0)
+    assert (entry["number"], entry["step"]) == (last, 20)
+
+
+def test_two_iterations_do_not_disturb_each_other(folder):
+    loader = loader_of(folder)
+    with loader:
+        first = iter(loader)
+        next(first)
+        second = iter(loader)
+        batch = next(second)
+        del first
+        assert next(second).step == batch.step + 1
 
 
 def test_what_does_not_fit_is_refused(folder):
@@ -148,24 +213,6 @@ def test_what_does_not_fit_is_refused(folder):
         loader_of(folder, state=state, chunk=6)
     with pytest.raises(ManifestError, match="shard_tools"):
         loader_of(f"{folder}/nothing")
-
-
-def test_sequential_reads_every_row_once_with_its_label(url):
-    seen: dict[int, str | None] = {}
-    for rank in range(2):
-        loader = SequentialLoader(
-            LoaderConfig(dataset=url),
-            AugmentConfig(),
-            size_px=24,
-            batch_size=7,
-            rank=rank,
-            world_size=2,
-        )
-        for batch in loader:
-            assert batch.images.shape == (len(batch.labels), 3, 24, 24)
-            assert not seen.keys() & set(batch.samples.tolist())
-            seen |= dict(zip(batch.samples.tolist(), batch.labels, strict=True))
-    assert seen == {i: f"class{i % 3}" for i in range(COUNT)}
 
 
 def test_nothing_is_left_running(folder):

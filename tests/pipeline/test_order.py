@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -140,11 +142,30 @@ def test_a_world_that_does_not_divide_the_lanes_is_refused_with_the_ones_that_do
 
 
 def test_default_sizes():
-    sizes = resolve_sizes(
-        global_batch=4096, world_size=8, mean_sample_bytes=100_000, num_samples=10**9
-    )
-    assert (sizes.lanes, sizes.chunk, sizes.window) == (64, 63, 4)
-    small = resolve_sizes(global_batch=32, world_size=2, mean_sample_bytes=20_000, num_samples=600)
+    resolve = partial(resolve_sizes, budget_bytes=2 << 30)
+    sizes = resolve(global_batch=4096, world_size=8, mean_sample_bytes=100_000, num_samples=10**9)
+    assert (sizes.lanes, sizes.chunk, sizes.window) == (64, 62, 4)
+    small = resolve(global_batch=32, world_size=2, mean_sample_bytes=20_000, num_samples=600)
     assert small.chunk * small.lanes * 8 <= 600
+    for mean_bytes in (1 << 20, 4 << 20, 6 << 20):  # one rank, large photographs
+        large = resolve(
+            global_batch=4096, world_size=1, mean_sample_bytes=mean_bytes, num_samples=10**9
+        )
+        assert large.lanes * (large.window + 1) * large.chunk * mean_bytes <= 2 << 30
     with pytest.raises(UsageError, match="multiple of 3"):
-        resolve_sizes(global_batch=32, world_size=3, mean_sample_bytes=1, num_samples=600)
+        resolve(global_batch=32, world_size=3, mean_sample_bytes=1, num_samples=600)
+
+
+@given(orders(), st.integers(0, 3), st.data())
+def test_replacements_are_the_rest_of_the_lane_nearest_window_first(order, epoch, data):
+    lane = data.draw(st.integers(0, order.lanes - 1))
+    place = data.draw(st.integers(0, order.samples_per_lane - 1))
+    mine = int(order.sample_at(epoch, np.array([lane]), np.array([place]))[0])
+    found = list(order.replacements(epoch, lane, place))
+    places = np.arange(order.samples_per_lane)
+    whole_lane = order.sample_at(epoch, np.full_like(places, lane), places).tolist()
+    assert sorted([mine, *found]) == sorted(whole_lane)
+    window = order.window_of(epoch, lane, place).tolist()
+    assert set(found[: len(window) - 1]) | {mine} == set(window)
+    if window[-1] != mine:
+        assert found[0] == window[window.index(mine) + 1]

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import pytest
+
+from pipeline.augment import AugmentConfig
+from pipeline.loader import LoaderConfig
+from pipeline.sequential import SequentialLoader
+from tests.support.dataset import pictures, write_dataset
+
+COUNT = 50
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    prefix = str(tmp_path) if request.param == "file" else request.getfixturevalue("s3_url")
+    write_dataset(prefix, pictures(COUNT), labels=[f"class{i % 3}" for i in range(COUNT)])
+    return prefix
+
+
+def test_sequential_reads_every_row_once_with_its_label(url):
+    seen: dict[int, str | None] = {}
+    for rank in range(2):
+        loader = SequentialLoader(
+            LoaderConfig(dataset=url),
+            AugmentConfig(),
+            size_px=24,
+            batch_size=7,
+            rank=rank,
+            world_size=2,
+        )
+        for batch in loader:
+            assert batch.images.shape == (len(batch.labels), 3, 24, 24)
+            assert not seen.keys() & set(batch.samples.tolist())
+            seen |= dict(zip(batch.samples.tolist(), batch.labels, strict=True))
+    assert seen == {i: f"class{i % 3}" for i in range(COUNT)}
+
+
+def test_damaged_images_are_left_out_and_counted(tmp_path: Path):
+    write_dataset(str(tmp_path), [*pictures(10), b"no image", *pictures(9, seed=1)])
+    loader = SequentialLoader(
+        LoaderConfig(dataset=str(tmp_path)), AugmentConfig(), size_px=24, batch_size=4
+    )
+    samples = [number for batch in loader for number in batch.samples.tolist()]
+    assert samples == [number for number in range(20) if number != 10]
+    assert loader.telemetry.total("bad_samples") == 1
