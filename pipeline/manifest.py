@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import AccessDeniedError, ManifestError, StoreError
+from pipeline.errors import AccessDeniedError, ManifestError, ObjectMissingError, StoreError
 from pipeline.shards import parse_parquet
 from pipeline.store import Store
 
@@ -90,9 +90,11 @@ def commit(store: Store, key: str, document: Mapping[str, Any], *, attempt: str)
 
 def read_commit(store: Store, key: str) -> dict[str, Any] | None:
     """The document committed under `key`, or None. Raises ManifestError if it is damaged."""
-    if store.head(key) is None:
+    try:
+        body = store.get(key)
+    except ObjectMissingError:
         return None
-    return _decode(store.get(key), store.url_of(key))
+    return _decode(body, store.url_of(key))
 
 
 class Column(Sequence[Any]):

@@ -61,6 +61,8 @@ _ACCESS_ADVICE = (
     "and that they may list, read and write there"
 )
 _NETWORK_ADVICE = "check the network, AWS_ENDPOINT_URL and AWS_REGION, then run the command again"
+_LOCAL_ADVICE = "check the path, its permissions and the disk, then run the command again"
+_OTHER_ADVICE = "check the URL and what its library needs, then run the command again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class Store:
         self._refuse_if_shorter(key, start_bytes + length_bytes)
         raise StoreError(
             f"cannot read {self.url_of(key)}: asked for {length_bytes} bytes at {start_bytes}, "
-            f"got {len(body)}; {_NETWORK_ADVICE}"
+            f"got {len(body)}; {_failure_advice(self.url)}"
         )
 
     def _refuse_if_shorter(self, key: str, end_bytes: int, error: StoreError | None = None) -> None:
@@ -215,7 +217,7 @@ class Store:
         try:
             yield
         except (obstore_errors.BaseError, OSError, ValueError) as error:
-            raise _translate(error, f"cannot {verb} {self.url_of(key)}") from None
+            raise _translate(error, verb, self.url_of(key)) from None
 
 
 class ObjectWriter:
@@ -273,9 +275,10 @@ class ObjectWriter:
         info = self._store.head(self._key)
         seen = info.size_bytes if info else None
         if info is None or seen != self._size_bytes:
+            url = self._store.url_of(self._key)
             raise StoreError(
-                f"cannot write {self._store.url_of(self._key)}: the store reports {seen} bytes "
-                f"of {self._size_bytes} written; {_NETWORK_ADVICE}"
+                f"cannot write {url}: the store reports {seen} bytes of {self._size_bytes} "
+                f"written; {_failure_advice(url)}"
             )
         return info
 
@@ -343,15 +346,18 @@ def resolve(base: Store, key_or_url: str) -> tuple[Store, str]:
 def list_files(url: str) -> Iterator[SourceFile]:
     """Every file below any fsspec URL, streamed, in no order to rely on.
 
-    Raises ObjectMissingError if there is nothing under the URL; an S3 prefix without objects yields
-    nothing.
+    Raises ObjectMissingError if there is nothing under the URL, UsageError if it is a local file;
+    an S3 prefix without objects yields nothing.
     """
     with _source_errors("list", url):
+        if (folder := _local_path(url)) is not None:
+            if folder.is_file():
+                raise UsageError(f"{url} is a file, give a folder")
+            yield from _list_directory(folder, "", frozenset())
+            return
         filesystem, root = _open_source(url)
         if "s3" in _protocols(filesystem):
             yield from _list_s3(filesystem, root)
-        elif "file" in _protocols(filesystem):
-            yield from _list_directory(Path(root), "", frozenset())
         else:
             yield from _walk(filesystem, root)
 
@@ -364,6 +370,8 @@ def read_file(url: str) -> bytes:
         folder, _, name = url.rpartition("/")
         return open_store(folder).get(name)
     with _source_errors("read", url):
+        if (file := _local_path(url)) is not None:
+            return file.read_bytes()
         filesystem, path = _open_source(url)
         return bytes(filesystem.cat_file(path))
 
@@ -461,6 +469,14 @@ def _frozen(credentials: Any) -> dict[str, Any]:
 # sources: whatever fsspec opens
 
 
+def _local_path(url: str) -> Path | None:
+    """The path that a URL means, None elsewhere. fsspec would take "::" in a name for a chain."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return Path(url).absolute()
+    return Path(rest).absolute() if scheme == "file" else None
+
+
 def _open_source(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of a URL and the path there."""
     if not url.startswith("s3://"):
@@ -552,12 +568,13 @@ def _source_errors(verb: str, url: str) -> Iterator[None]:
     try:
         yield
     except (PermissionError, NoCredentialsError) as error:
-        message = f"cannot {verb} {url}: {_first_line(error)}; {_ACCESS_ADVICE}"
+        message = f"cannot {verb} {url}: {_first_line(error)}; {_access_advice(url)}"
         raise AccessDeniedError(message) from None
     except (FileNotFoundError, NotADirectoryError):
         raise ObjectMissingError(f"cannot {verb} {url}: there is nothing; check the path") from None
     except (BotoCoreError, ClientError, OSError, TimeoutError) as error:
-        raise StoreError(f"cannot {verb} {url}: {_first_line(error)}; {_NETWORK_ADVICE}") from None
+        message = f"cannot {verb} {url}: {_first_line(error)}; {_failure_advice(url)}"
+        raise StoreError(message) from None
     except (
         ImportError,
         ValueError,
@@ -565,13 +582,27 @@ def _source_errors(verb: str, url: str) -> Iterator[None]:
         raise UsageError(f"cannot {verb} {url}: {_first_line(error)}") from None
 
 
-def _translate(error: Exception, what: str) -> StoreError:
-    reason = _reason(error)
+def _access_advice(url: str) -> str:
+    return _ACCESS_ADVICE if url.startswith("s3://") else _failure_advice(url)
+
+
+def _failure_advice(url: str) -> str:
+    if url.startswith("s3://"):
+        return _NETWORK_ADVICE
+    return _OTHER_ADVICE if _local_path(url) is None else _LOCAL_ADVICE
+
+
+def _translate(error: Exception, verb: str, url: str) -> StoreError:
+    what, reason = f"cannot {verb} {url}", _reason(error)
     if isinstance(error, obstore_errors.AlreadyExistsError):
         return _AlreadyExistsError(f"{what}: there is an object already")
     if isinstance(error, FileNotFoundError):
-        missing = "bucket" if "NoSuchBucket" in str(error) else "object"
-        return ObjectMissingError(f"{what}: there is no such {missing}; check the URL")
+        if "NoSuchBucket" in str(error):
+            return ObjectMissingError(f"{what}: there is no such bucket; check the URL")
+        return ObjectMissingError(
+            f"{what}: there is no such object; check the URL or, if a snapshot names it, "
+            "restore it: `python -m shard_tools verify` finds all like it"
+        )
     if isinstance(error, obstore_errors.PreconditionError):
         return ObjectChangedError(
             f"{what}: the object is not the one that was recorded; seal or adopt the data set again"
@@ -583,8 +614,8 @@ def _translate(error: Exception, what: str) -> StoreError:
     )
     # Listing reports a refusal as a generic error; only the text tells.
     if isinstance(error, denied) or re.search(r"status code: 40[13]\b", str(error)):
-        return AccessDeniedError(f"{what}: {reason}; {_ACCESS_ADVICE}")
-    return StoreError(f"{what}: {reason}; {_NETWORK_ADVICE}")
+        return AccessDeniedError(f"{what}: {reason}; {_access_advice(url)}")
+    return StoreError(f"{what}: {reason}; {_failure_advice(url)}")
 
 
 def _reason(error: Exception) -> str:

@@ -125,33 +125,30 @@ def _add(
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    default = PackSettings()
     group = parser.add_argument_group("what a shard holds (part of the plan)")
     group.add_argument(
         "--shard-bytes",
         type=_bytes,
-        default=default.shard_bytes,
         metavar="SIZE",
         help="input bytes of a shard, such as 64MB or 1GiB (default: 256MB)",
     )
     group.add_argument(
         "--shard-rows",
         type=_positive,
-        default=default.shard_rows,
         metavar="N",
-        help="files of a shard at most (default: %(default)s)",
+        help=f"files of a shard at most (default: {PackSettings.shard_rows})",
     )
     group.add_argument(
         "--max-image-bytes",
         type=_bytes,
-        default=default.max_bytes,
+        dest="max_bytes",
         metavar="SIZE",
         help="reject larger files unread (default: 64MiB)",
     )
     group.add_argument(
         "--max-image-pixels",
         type=_bytes,
-        default=default.max_pixels,
+        dest="max_pixels",
         metavar="N",
         help="reject images of more pixels undecoded (default: 64Mi)",
     )
@@ -194,7 +191,13 @@ def _pack(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
     plan = _plan_to_pack(arguments, dataset)
     with Progress("packing", plan.num_files) as progress:
-        report = pack(dataset, plan, workers=arguments.workers, on_tick=progress.show)
+        report = pack(
+            dataset,
+            plan,
+            workers=arguments.workers,
+            on_tick=progress.show,
+            on_resume=progress.resume,
+        )
     wants_seal = arguments.seal if arguments.seal is not None else arguments.source is not None
     snapshot = commits.seal(dataset, plan)[0] if wants_seal else None
     if arguments.json:
@@ -205,6 +208,11 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _plan_to_pack(arguments: argparse.Namespace, dataset: Store) -> Plan:
     if arguments.source is None:
+        if _given_settings(arguments):
+            raise UsageError(
+                "what a shard holds is part of the plan, which exists: give SRC, or leave out "
+                "--shard-bytes, --shard-rows, --max-image-bytes and --max-image-pixels"
+            )
         return _waiting_plan(dataset, arguments.plan)
     if arguments.plan is not None:
         raise UsageError("--plan names a plan that exists: leave out SRC")
@@ -269,12 +277,12 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> PackSettings:
-    return PackSettings(
-        shard_bytes=arguments.shard_bytes,
-        shard_rows=arguments.shard_rows,
-        max_bytes=arguments.max_image_bytes,
-        max_pixels=arguments.max_image_pixels,
-    )
+    return PackSettings(**_given_settings(arguments))
+
+
+def _given_settings(arguments: argparse.Namespace) -> dict[str, int]:
+    names = [field.name for field in dataclasses.fields(PackSettings)]
+    return {n: value for n in names if (value := getattr(arguments, n)) is not None}
 
 
 def _report_json(report: PackReport, snapshot: Snapshot | None) -> dict[str, object]:
@@ -318,6 +326,8 @@ def _print_stats(found: stats.Stats) -> None:
     labels = dict(Counter(found.labels).most_common(_NAMED_LABELS))
     more = ", …" if len(found.labels) > len(labels) else ""
     print(f"labels      {len(found.labels)}{_listed(labels)}{more}")
+    if not found.quantiles:
+        return
     heads = ["min", *(f"{round(100 * q)} %" for q in stats.QUANTILES[1:-1]), "max"]
     print("".join(["            ", *(f"{head:>10}" for head in heads)]))
     for name, values in found.quantiles.items():

@@ -1,5 +1,6 @@
 """Which units of a plan are done, and the step from all of them to a snapshot that readers see."""
 
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -7,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.errors import CropstreamError, ManifestError
+from pipeline.errors import CropstreamError, ManifestError, UsageError
 from pipeline.manifest import (
     SNAPSHOT_SCHEMA,
     Snapshot,
@@ -19,7 +20,7 @@ from pipeline.manifest import (
     read_snapshot,
 )
 from pipeline.store import Store
-from shard_tools.plan import Plan
+from shard_tools.plan import Plan, refuse_twice
 
 READERS = 16
 SEAL_ATTEMPTS = 10
@@ -69,13 +70,16 @@ def seal(dataset: Store, plan: Plan) -> tuple[Snapshot, bool]:
     """Make a plan's shards visible: the newest snapshot's rows and theirs become the next version.
 
     Returns the snapshot that holds them, and whether it is new: a plan is sealed once. Raises
-    CropstreamError, naming them, if units are missing.
+    CropstreamError, naming them, if units are missing; UsageError if the plan's source is in the
+    snapshot already under another plan, or has no image that can be used.
     """
     for _ in range(SEAL_ATTEMPTS):
         latest = latest_version(dataset)
         parent = read_snapshot(dataset, latest) if latest else None
         if parent is not None and plan.name in parent.plans:
             return parent, False
+        if parent is not None:
+            refuse_twice(plan, dataset, parent)
         attempt = new_attempt()
         snapshot = commit_snapshot(
             dataset,
@@ -100,11 +104,13 @@ def _appended(parent: Snapshot | None, table: pa.Table) -> pa.Table:
 def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
     """The plan's shards as rows of a snapshot."""
     rows, missing = [], []
+    rejected: Counter[str] = Counter()
     for unit, done in enumerate(read_unit_commits(dataset, plan)):
         if done is None:
             missing.append(unit)
         else:
             rows.append(_snapshot_row(done))
+            rejected.update(done.rejected)
     if missing:
         named = ", ".join(map(str, missing[:_NAMED_UNITS]))
         more = ", …" if len(missing) > _NAMED_UNITS else ""
@@ -112,6 +118,12 @@ def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
             f"{dataset.url}: {len(missing)} of {plan.num_units} units of plan {plan.name} are "
             f"not packed ({named}{more}): run `python -m shard_tools pack {dataset.url}`, "
             "which packs only these"
+        )
+    if not any(row["kept"] for row in rows):
+        reasons = ", ".join(f"{reason} {number}" for reason, number in rejected.most_common())
+        raise UsageError(
+            f"nothing to pack: all {plan.num_files} files of {plan.source} are rejected "
+            f"({reasons}); give a folder or prefix that holds images"
         )
     return pa.Table.from_pylist(rows, SNAPSHOT_SCHEMA)
 

@@ -59,7 +59,8 @@ class LocalEngine(Generic[Task, Result]):
         self._function = function
         self._workers = workers
         self._on_tick = on_tick
-        self._counters = (_SPAWN.Value("q", 0), _SPAWN.Value("q", 0))
+        self._counters: tuple[Any, ...] = ()  # of the present pool
+        self._before = (0, 0)  # what the pools before it counted
         self._failures: Counter[Task] = Counter()
         self._waiting: deque[Task] = deque()
         self._fresh: Iterator[Task] = iter(())
@@ -81,6 +82,9 @@ class LocalEngine(Generic[Task, Result]):
                 _stop(pool)
 
     def _start_pool(self) -> ProcessPoolExecutor:
+        # A worker killed while it counts holds the lock for ever: every pool has its own counters.
+        self._before = self._totals()
+        self._counters = (_SPAWN.Value("q", 0), _SPAWN.Value("q", 0))
         return ProcessPoolExecutor(
             self._workers,
             mp_context=_SPAWN,
@@ -88,13 +92,20 @@ class LocalEngine(Generic[Task, Result]):
             initargs=self._counters,
         )
 
+    def _totals(self) -> tuple[int, int]:
+        """Images processed and rejected, read without the lock that a dead worker may hold."""
+        if not self._counters:
+            return self._before
+        processed, rejected = (counter.get_obj().value for counter in self._counters)
+        return self._before[0] + processed, self._before[1] + rejected
+
     def _run_on(self, pool: ProcessPoolExecutor) -> Iterator[Result]:
         running: dict[Future[Result], Task] = {}
         try:
             while self._look_ahead() or running:
                 self._submit(pool, running)
                 done, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
-                self._on_tick(self._counters[0].value, self._counters[1].value)
+                self._on_tick(*self._totals())
                 for future in done:
                     if (error := future.exception()) is None:
                         yield future.result()

@@ -13,11 +13,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from random import randrange
 from typing import Any
 
 from pipeline.decode import TOO_LARGE, guard_header, perceptual_hash
-from pipeline.errors import ObjectMissingError, SampleError
+from pipeline.errors import ObjectMissingError, SampleError, StoreError
 from pipeline.manifest import new_attempt
 from pipeline.shards import ShardWriter, encode_index, sample_key
 from pipeline.store import ObjectInfo, Store, open_store, read_file
@@ -27,6 +28,7 @@ from shard_tools.plan import PackSettings, Plan, PlannedFile, read_unit
 
 MISSING = "missing"  # gone since the plan was made
 CHANGED = "changed"  # of another size than planned
+UNREADABLE = "unreadable"  # a local file that may not, or cannot, be read
 
 READ_AHEAD_BYTES = 64 * 2**20  # a worker
 READERS = 8  # requests at once, a worker
@@ -64,30 +66,48 @@ class PackReport:
 
 
 def pack(
-    dataset: Store, plan: Plan, *, workers: int, on_tick: Callable[[int, int], None]
+    dataset: Store,
+    plan: Plan,
+    *,
+    workers: int,
+    on_tick: Callable[[int, int], None],
+    on_resume: Callable[[int], None] = lambda rows: None,
 ) -> PackReport:
     """Pack every unit of a plan that has no commit yet, in `workers` processes.
 
+    `on_resume` is told once how many inputs were packed before; `on_tick`, see LocalEngine.
     Raises StoreError if a unit failed for good; what is committed stays, and a second run does the
     rest.
     """
     started = time.monotonic()
-    todo = [unit for unit, done in enumerate(read_unit_commits(dataset, plan)) if done is None]
+    todo: list[int] = []
+    rows_before = 0
+    for unit, before in enumerate(read_unit_commits(dataset, plan)):
+        if before is None:
+            todo.append(unit)
+        else:
+            rows_before += before.rows
+    on_resume(rows_before)
     # Several packers of one plan begin at different places, so they seldom do the same work.
     turn = randrange(len(todo)) if todo else 0
-    tasks = [UnitTask(dataset.url, plan.name, n, plan.settings) for n in todo[turn:] + todo[:turn]]
-    engine = LocalEngine(pack_unit, workers=min(workers, max(len(tasks), 1)), on_tick=on_tick)
-    done = [result for result in engine.run(tasks) if result is not None]
+    order = chain(todo[turn:], todo[:turn])
+    tasks = (UnitTask(dataset.url, plan.name, unit, plan.settings) for unit in order)
+    engine = LocalEngine(pack_unit, workers=min(workers, max(len(todo), 1)), on_tick=on_tick)
+    units = packed = packed_bytes = 0
     rejected: Counter[str] = Counter()
-    for result in done:
-        rejected.update(result.rejected)
+    for done in engine.run(tasks):
+        if done is not None:
+            units += 1
+            packed += done.kept
+            packed_bytes += done.sample_bytes
+            rejected.update(done.rejected)
     return PackReport(
         plan=plan.name,
         units=plan.num_units,
         units_before=plan.num_units - len(todo),
-        units_elsewhere=len(todo) - len(done),
-        packed=sum(result.kept for result in done),
-        packed_bytes=sum(result.sample_bytes for result in done),
+        units_elsewhere=len(todo) - units,
+        packed=packed,
+        packed_bytes=packed_bytes,
         rejected=dict(rejected),
         seconds=time.monotonic() - started,
     )
@@ -206,7 +226,11 @@ def _read_ahead(
 
 
 def _read(file: PlannedFile, max_bytes: int) -> bytes:
-    """An input's bytes. Raises SampleError if it is too large, gone, or not what was planned."""
+    """An input's bytes.
+
+    Raises SampleError if it is too large, gone, unreadable on its disk, or not what was planned;
+    StoreError if a store fails.
+    """
     if file.size_bytes > max_bytes:
         raise SampleError(TOO_LARGE, f"{file.size_bytes} bytes, allowed are {max_bytes}")
     try:
@@ -215,6 +239,10 @@ def _read(file: PlannedFile, max_bytes: int) -> bytes:
             data = read_file(file.source)
     except ObjectMissingError as error:
         raise SampleError(MISSING, str(error)) from None
+    except StoreError as error:
+        if not file.source.startswith("file://"):  # elsewhere it is the store that fails
+            raise
+        raise SampleError(UNREADABLE, str(error)) from None
     if len(data) != file.size_bytes:
         raise SampleError(CHANGED, f"{len(data)} bytes, planned were {file.size_bytes}")
     return data

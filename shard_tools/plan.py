@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.decode import MAX_BYTES, MAX_PIXELS
 from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import (
+    Snapshot,
     commit,
     latest_version,
     new_attempt,
@@ -82,13 +83,16 @@ def make_plan(source: str, dataset: Store, settings: PackSettings) -> Plan:
     files.
     """
     url = source_url(source)
-    if f"{dataset.url}/".startswith(f"{url}/"):
+    if f"{dataset.url}/".startswith(_folder(url)):
         raise UsageError(f"{dataset.url} lies inside the source {url}: choose another place")
+    if f"{url}/".startswith(_folder(dataset.url)):
+        raise UsageError(f"the source {url} lies inside {dataset.url}: choose another place")
     prove_conditional_put(dataset)
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:
         plan = _write_units(url, sorted_files(source), settings, Path(folder))
         if read_commit(dataset, _plan_key(plan.name)) is None:
-            _refuse_twice(plan, dataset)
+            if latest_version(dataset):
+                refuse_twice(plan, dataset, read_snapshot(dataset))
             _upload(plan, Path(folder), dataset)
     return plan
 
@@ -108,6 +112,22 @@ def list_plans(dataset: Store) -> list[str]:
     """The names of all committed plans."""
     keys = (info.key.split("/") for info in dataset.list("plans"))
     return sorted(parts[1] for parts in keys if parts[2:] == ["plan.json"])
+
+
+def refuse_twice(plan: Plan, dataset: Store, snapshot: Snapshot) -> None:
+    """A source that changed has a new plan: appending it would hold its old images twice.
+
+    Raises UsageError if the snapshot holds the plan's source under another plan.
+    """
+    for name in snapshot.plans:
+        earlier = read_plan(dataset, name)
+        if earlier.source == plan.source and name != plan.name:
+            raise UsageError(
+                f"{dataset.url} holds {earlier.source} already, as it was with "
+                f"{earlier.num_files} files (now {plan.num_files}, or other times or settings): "
+                "packing it again would store its images twice. Choose a new data set, or pack a "
+                "folder with only the new images"
+            )
 
 
 def read_unit(dataset: Store, plan: str, unit: int) -> list[PlannedFile]:
@@ -155,21 +175,6 @@ def _cut(files: Iterable[SourceFile], settings: PackSettings) -> Iterator[list[S
         yield unit
 
 
-def _refuse_twice(plan: Plan, dataset: Store) -> None:
-    """A source that changed has a new plan: appending it would hold its old images twice."""
-    if not latest_version(dataset):
-        return
-    for name in read_snapshot(dataset).plans:
-        earlier = read_plan(dataset, name)
-        if earlier.source == plan.source:
-            raise UsageError(
-                f"{dataset.url} holds {earlier.source} already, as it was with "
-                f"{earlier.num_files} files (now {plan.num_files}, or other times or settings): "
-                "packing it again would store its images twice. Choose a new data set, or pack a "
-                "folder with only the new images"
-            )
-
-
 def _upload(plan: Plan, folder: Path, dataset: Store) -> None:
     for unit in range(plan.num_units):
         # Not ours to replace: an earlier try may have written the same bytes, and got no further.
@@ -183,6 +188,10 @@ def _parse(document: dict[str, Any], where: str) -> Plan:
         return Plan(**{**document, "settings": PackSettings(**document["settings"])})
     except (TypeError, KeyError) as error:
         raise ManifestError(f"{where}: written by another version: {error}") from None
+
+
+def _folder(url: str) -> str:
+    return url if url.endswith("/") else f"{url}/"  # "file:///" is the root
 
 
 def _plan_key(plan: str) -> str:

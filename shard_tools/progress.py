@@ -17,7 +17,7 @@ class Progress:
     def __init__(self, what: str, total: int) -> None:
         self._what = what
         self._total = total
-        self._rejected = 0
+        self._before = 0
         self._started = time.monotonic()
         self._next_line = self._started + FIRST_LINE_S
         self._bar = (
@@ -38,9 +38,16 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
+    def resume(self, done: int) -> None:
+        """Begin with what an earlier run has done, which does not count for the rate."""
+        self._before = done
+        if self._bar is not None:
+            self._bar.initial = self._bar.n = done
+            self._bar.refresh()
+
     def show(self, done: int, rejected: int = 0) -> None:
-        """Show that `done` images are done in all, `rejected` of them rejected."""
-        done = min(done, self._total)  # work that was lost and repeated counts once
+        """Show that this run has done `done` images, `rejected` of them rejected."""
+        done = min(self._before + done, self._total)  # work that was lost and repeated counts once
         if self._bar is not None:
             self._bar.set_postfix(rejected=rejected, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -49,7 +56,7 @@ class Progress:
             self._print(done, rejected, now - self._started)
 
     def _print(self, done: int, rejected: int, elapsed_s: float) -> None:
-        rate = done / elapsed_s if elapsed_s > 1 else 0.0
+        rate = (done - self._before) / elapsed_s if elapsed_s > 1 else 0.0
         sys.stderr.write(
             f"{self._what}: {done} of {self._total} images, {rate:.0f}/s, {rejected} rejected\n"
         )

@@ -55,10 +55,11 @@ def collect(dataset: Store, snapshot: Snapshot) -> Stats:
         if "label" in index.column_names:
             labels.update(_counts(images, "label"))
         for name, spread in spreads.items():
-            spread.add(images[name].to_numpy())
+            spread.add(images[name].drop_null().to_numpy())
     stats.formats, stats.rejected, stats.labels = dict(formats), dict(rejected), dict(labels)
-    if stats.images:
-        stats.quantiles = {name: spread.quantiles() for name, spread in spreads.items()}
+    stats.quantiles = {
+        name: values for name, spread in spreads.items() if (values := spread.quantiles())
+    }
     return stats
 
 
@@ -82,7 +83,9 @@ class Spread:
             self._step *= 2
 
     def quantiles(self) -> list[int]:
-        """The values at QUANTILES, each of them one that occurs."""
+        """The values at QUANTILES, each of them one that occurs; empty if there is none."""
+        if not len(self._kept):
+            return []
         return [int(q) for q in np.quantile(self._kept, QUANTILES, method="inverted_cdf")]
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from pipeline.errors import DataError, ObjectChangedError, ObjectMissingError, ShardError
@@ -185,10 +186,11 @@ def _read_mask(dataset: Store, task: ShardTask) -> bytes | None:
 
 
 def _check_interoperability(dataset: Store, snapshot: Snapshot) -> int | None:
-    """Read the first and the last shard with webdataset itself; the number of samples it saw."""
+    """Read the first and last shard that hold samples with webdataset; how many it saw."""
     if importlib.util.find_spec("webdataset") is None:
         return None
-    chosen = sorted({0, len(snapshot) - 1}) if len(snapshot) else []
+    filled = np.flatnonzero(snapshot.kept)  # webdataset takes a tar without samples for an error
+    chosen = np.unique(filled[[0, -1]]) if len(filled) else filled
     tasks = list(_tasks(dataset, snapshot.table.take(chosen), quick=False))
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:
         copies = [Path(folder) / f"{number}.tar" for number in range(len(tasks))]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import AccessDeniedError, CropstreamError, ShardError, StoreError
+from shard_tools import engine
 from shard_tools.engine import TASK_ATTEMPTS, LocalEngine
 
 
@@ -28,6 +29,16 @@ def die(task: int) -> int:
     return task
 
 
+def die_counting(marker: str) -> str:
+    """Count an image, then be killed while counting the next, the first time."""
+    engine.count(rejected=False)
+    if not Path(marker).exists():
+        Path(marker).touch()
+        engine.num_processed.get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return marker
+
+
 def fail(folder: str) -> str:
     """Fail as the folder's name says; leave a file for every try."""
     Path(folder, str(time.monotonic_ns())).touch()
@@ -43,6 +54,13 @@ def test_results() -> None:
 def test_a_worker_that_dies_loses_nothing(tmp_path: Path) -> None:
     tasks = [str(tmp_path / str(number)) for number in (1, 2)]
     assert sorted(LocalEngine(die_once, workers=1).run(tasks)) == tasks
+
+
+def test_a_worker_that_dies_while_it_counts(tmp_path: Path) -> None:
+    ticks: list[tuple[int, int]] = []
+    counting = LocalEngine(die_counting, workers=1, on_tick=lambda *seen: ticks.append(seen))
+    assert list(counting.run([str(tmp_path / "1")])) == [str(tmp_path / "1")]
+    assert ticks[-1] == (2, 0)
 
 
 def test_a_task_that_kills_every_worker_ends_the_run() -> None:

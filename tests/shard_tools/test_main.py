@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.manifest import read_snapshot
+from pipeline.manifest import latest_version, read_snapshot
 from pipeline.shards import kept_rows, read_index, read_samples
 from pipeline.store import Store, open_store
 from tests.shard_tools.conftest import Finished, shard_tools, spawn_shard_tools, write_images
@@ -181,6 +181,28 @@ def test_wrong_credentials(images: Path, s3_url: str) -> None:
 
 def test_a_source_that_holds_the_data_set(images: Path) -> None:
     assert_fails(shard_tools("pack", str(images), str(images / "set")), 2, "lies inside the source")
+
+
+def test_a_source_inside_the_data_set(images: Path) -> None:
+    finished = shard_tools("pack", str(images / "coffee"), str(images))
+    assert_fails(finished, 2, f"the source file://{images}/coffee lies inside file://{images}")
+
+
+def test_a_source_that_is_a_file(images: Path, tmp_path: Path) -> None:
+    finished = shard_tools("pack", str(images / "notes.txt"), str(tmp_path / "set"))
+    assert_fails(finished, 2, "notes.txt is a file, give a folder")
+
+
+def test_settings_without_a_source(tmp_path: Path) -> None:
+    assert_fails(shard_tools("pack", str(tmp_path), "--shard-bytes", "1MB"), 2, "give SRC")
+
+
+def test_no_image_at_all(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("not a picture")
+    finished = shard_tools("pack", str(tmp_path / "notes"), str(tmp_path / "set"))
+    assert_fails(finished, 2, "nothing to pack", f"{tmp_path}/notes", "not an image 1")
+    assert latest_version(open_store(tmp_path / "set")) == 0
 
 
 @pytest.mark.parametrize(

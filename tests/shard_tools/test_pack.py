@@ -12,7 +12,7 @@ from pipeline.manifest import read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import Store, open_store
 from shard_tools.commits import read_unit_commit, seal
-from shard_tools.pack import UnitTask, pack_unit
+from shard_tools.pack import UnitTask, pack, pack_unit
 from shard_tools.plan import PackSettings, make_plan
 from tests.shard_tools.conftest import ROOT, write_images, write_odd_ones
 
@@ -77,6 +77,27 @@ def test_sources_that_change_after_planning(source: Path, store: Store) -> None:
     paths[1].write_bytes(paths[1].read_bytes() + b"more")
     rows = pack_planned(store, plan.name, plan.num_units, PackSettings())
     assert [row["reason"] for row in rows] == ["missing", "changed", *[None] * 7]
+
+
+def test_a_file_that_cannot_be_read_is_a_reject(source: Path, store: Store) -> None:
+    """Reading one's own memory at address 0 fails with EIO, for root too."""
+    plan = make_plan(str(source), store, PackSettings())
+    path = min(source.rglob("*.*"))
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    rows = pack_planned(store, plan.name, plan.num_units, PackSettings())
+    assert [row["reason"] for row in rows] == ["unreadable", *[None] * 8]
+
+
+def test_what_was_packed_before_is_told(source: Path, store: Store) -> None:
+    settings = PackSettings(shard_rows=4)
+    plan = make_plan(str(source), store, settings)
+    pack_unit(UnitTask(store.url, plan.name, 0, settings))
+    before: list[int] = []
+    report = pack(store, plan, workers=1, on_tick=lambda *seen: None, on_resume=before.append)
+    assert before == [4]
+    assert (report.units, report.units_before, report.units_elsewhere) == (3, 1, 0)
+    assert (report.packed, report.rejected) == (5, {})
 
 
 def test_a_packed_unit_is_not_packed_again(source: Path, store: Store) -> None:

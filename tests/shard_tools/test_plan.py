@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ObjectMissingError, UsageError
+from pipeline.errors import UsageError
 from pipeline.store import SourceFile, open_store
 from shard_tools.plan import PackSettings, _cut, list_plans, make_plan, read_plan, read_unit
-from shard_tools.sources import label_of, sorted_files, source_url
 
 
 def write(folder: Path, *paths: str) -> None:
@@ -64,34 +63,3 @@ def test_cutting_into_units(sizes: list[int], shard_bytes: int, shard_rows: int)
     for unit in units:
         assert 1 <= len(unit) <= shard_rows
         assert len(unit) == 1 or sum(file.size_bytes for file in unit) <= shard_bytes
-
-
-@pytest.mark.parametrize("run_files", [1, 3, 100])
-def test_sorting_in_runs(tmp_path: Path, run_files: int) -> None:
-    paths = ["a/z", "a-b", "a/b/c", "é", "b", "Z/1", "0"]
-    write(tmp_path, *paths)
-    assert [f.path for f in sorted_files(str(tmp_path), run_files=run_files)] == sorted(paths)
-
-
-def test_nothing_to_pack(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no files there"):
-        list(sorted_files(str(tmp_path)))
-    with pytest.raises(ObjectMissingError, match="nowhere"):
-        list(sorted_files(str(tmp_path / "nowhere")))
-
-
-def test_names_that_are_no_text(tmp_path: Path) -> None:
-    (tmp_path / b"\xff.jpg".decode(errors="surrogateescape")).touch()
-    with pytest.raises(UsageError, match="not UTF-8"):
-        list(sorted_files(str(tmp_path)))
-
-
-def test_urls_and_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert source_url("photos/") == f"file://{tmp_path}/photos"
-    assert source_url("s3://bucket/photos/") == "s3://bucket/photos"
-    assert [label_of(path) for path in ("cat/1.jpg", "cat/black/2.jpg", "3.jpg")] == [
-        "cat",
-        "cat",
-        None,
-    ]

@@ -1,10 +1,17 @@
 """Quantiles in bounded memory."""
 
+import hashlib
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shard_tools.stats import QUANTILES, Spread
+from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot
+from pipeline.shards import encode_index
+from pipeline.store import open_store
+from shard_tools.stats import QUANTILES, Spread, collect
 
 
 @given(st.lists(st.lists(st.integers(0, 1000), max_size=20), min_size=1, max_size=8))
@@ -27,6 +34,18 @@ def test_every_nth_of_many(lengths: list[int], limit: int) -> None:
         spread.add(part)
     assert len(spread._kept) <= limit
     assert spread._kept.tolist() == values[:: spread._step].tolist()
+
+
+def test_nulls_are_no_values(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    row = {"key": "k", "source": "s", "status": "ok", "length": 7}
+    body = encode_index([row, row])
+    store.put_if_absent("i", body)
+    shard = {"tar": "t", "index": "i", "tar_bytes": 0, "index_bytes": len(body), "rows": 2}
+    shard |= {"tar_hash": bytes(32), "index_sha256": hashlib.sha256(body).digest(), "kept": 2}
+    found = collect(store, Snapshot(pa.Table.from_pylist([shard], SNAPSHOT_SCHEMA), 1))
+    assert (found.images, found.image_bytes) == (2, 14)
+    assert found.quantiles == {"length": [7] * len(QUANTILES)}
 
 
 def test_close_when_thinned() -> None:

@@ -9,7 +9,7 @@ from pipeline.manifest import read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import open_store
 from shard_tools.verify import ShardTask, ShardVerdict, verify_shard
-from tests.shard_tools.conftest import shard_tools, spawn_shard_tools
+from tests.shard_tools.conftest import shard_tools, spawn_shard_tools, write_images
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,16 @@ def test_a_sound_shard(folder: Path) -> None:
     verdict = check(folder)
     assert verdict.problem is None
     assert verdict.samples > 0
+
+
+def test_first_and_last_shard_without_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "source", 2)
+    for name in ("0.txt", "z.txt"):
+        (tmp_path / "source" / name).write_text("not a picture")
+    target = str(tmp_path / "set")
+    assert shard_tools("pack", str(tmp_path / "source"), target, "--shard-rows", "1").code == 0
+    verified = shard_tools("verify", target, "--json").json()
+    assert verified["samples"] == verified["read_by_webdataset"] == 2
 
 
 def cut_end(path: Path) -> None:
