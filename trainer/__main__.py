@@ -2,9 +2,13 @@
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from pipeline.config import dump_config, load_config
-from pipeline.errors import CheckpointError, TrainingError, UsageError, run_command
+from pipeline.errors import CheckpointError, ConfigError, TrainingError, run_command
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 _DESCRIPTION = """\
 Pretrain a ConvNet with SwAV on a packed data set. Start it again and it goes on from its newest
@@ -40,28 +44,41 @@ def main() -> int:
 def run(path: str | None, overrides: list[str], print_config: bool) -> int:
     """Load the configuration, join the world, train."""
     from trainer.config import Config  # after --help, which should not wait for torch
-    from trainer.distributed import abandon_world, launched_rank, start_world, stop_world
-    from trainer.train import train
+    from trainer.distributed import is_lost_rank, launched_local_rank, launched_rank
 
     try:
         config = load_config(Config, path, overrides)
-        if print_config:
-            print(dump_config(config))
-            return 0
-        world = start_world()
+    except ConfigError as error:
+        if launched_local_rank() != 0:  # every rank of a machine reads the same: one tells
+            return error.exit_code
+        raise
+    if print_config:
+        print(dump_config(config))
+        return 0
+    try:
+        return _train(config)
+    except RuntimeError as error:
+        if is_lost_rank(error):
+            raise TrainingError(f"rank {launched_rank()} lost another rank: {error}") from None
+        raise
+
+
+def _train(config: "Config") -> int:
+    """Join the world and train. What all ranks fail of alike the first one tells, the rest each."""
+    from trainer.distributed import abandon_world, start_world, stop_world
+    from trainer.train import train
+
+    world = start_world()
+    try:
         code = train(config, world)
         stop_world()
         return code
-    except (UsageError, CheckpointError, TrainingError) as error:
-        if launched_rank() != 0:  # every rank fails alike: the first one tells
+    except (CheckpointError, TrainingError) as error:  # agreed on by all ranks
+        if not world.is_first:
             return error.exit_code
         raise
-    except RuntimeError as error:
-        if "onnection" in str(error):  # gloo and NCCL have no type for it
-            raise TrainingError(f"rank {launched_rank()} lost another rank: {error}") from None
-        raise
     finally:
-        abandon_world()
+        abandon_world(world)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class CheckpointConfig:
 class Checkpoints:
     """The checkpoints of one run, written and read by all ranks of `world` together.
 
-    Every method is called by every rank at the same point; an error on one rank is raised on all.
+    Every method is called by every rank at the same point; an error on one rank is raised on all,
+    as a CheckpointError. What is no error of ours keeps its type and traceback on its own rank.
     """
 
     def __init__(self, config: CheckpointConfig, world: World) -> None:
@@ -80,11 +81,12 @@ class Checkpoints:
         """Commit the state after `step` steps; then remove all but the newest `keep` checkpoints.
 
         `state` is JSON and, like `metrics`, taken from rank 0. Saving the step that was committed
-        or restored last does nothing. Raises CheckpointError on every rank if any could not write,
-        or if another run has committed this step.
+        or restored last does nothing. Raises CheckpointError on every rank if any could not write
+        or holds a weight that is not finite, or if another run has committed this step.
         """
         if step == self._committed_step:
             return
+        self.prove_writable()
         attempt = self._world.share(new_attempt())
         folder = f"objects/{step:09d}-{attempt}"
         what = f"cannot write checkpoint {step} to {self._store.url}"
@@ -103,6 +105,13 @@ class Checkpoints:
         self._on_first(what, lambda: self._commit(checkpoint))
         self._committed_step = step
         self._on_first(f"checkpoint {step}", self._remove_old)
+
+    def prove_writable(self) -> None:
+        """Check, once, that the store takes commits. Raises CheckpointError."""
+        if not self._proven:
+            what = f"cannot write checkpoints to {self._store.url}"
+            self._on_first(what, lambda: prove_conditional_put(self._store))
+            self._proven = True
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, every byte of it read; None if there is none at all.
@@ -154,14 +163,18 @@ class Checkpoints:
         return checkpoint.state
 
     def metrics(self, checkpoint: Checkpoint) -> bytes:
-        """The metrics that were saved with a checkpoint. May be called by one rank alone."""
+        """The metrics that were saved with a checkpoint, on rank 0; nothing elsewhere."""
         keys = [stored.key for stored in checkpoint.objects if stored.key.endswith("metrics.jsonl")]
-        return self._store.get(keys[0])
+        return self._together(
+            f"cannot read the metrics of checkpoint {checkpoint.step} of {self._store.url}",
+            lambda: self._store.get(keys[0]) if self._world.is_first else b"",
+        )
 
     def _write(
         self, folder: str, engine: Engine, queue: FeatureQueue | None, metrics: bytes
     ) -> list[WrittenObject]:
         world = self._world
+        _check_finite(engine)
         written = [WrittenObject(f"{folder}/rank-{world.rank:05d}.bin")]
         with self._store.writer(written[0].key) as writer:
             for name, tensor, shape, start in _owned(engine, queue, world):
@@ -173,9 +186,6 @@ class Checkpoints:
         return written
 
     def _commit(self, checkpoint: Checkpoint) -> None:
-        if not self._proven:
-            prove_conditional_put(self._store)
-            self._proven = True
         document = to_document(checkpoint)
         winner = commit(self._store, checkpoint.key, document, attempt=checkpoint.attempt)
         if winner["attempt"] != checkpoint.attempt:
@@ -212,28 +222,42 @@ class Checkpoints:
 
     def _together(self, what: str, work: Callable[[], T]) -> T:
         """Do `work` on every rank and return this rank's result; fail on all if one fails."""
-        value, failure = _attempt(work)
-        failures = self._world.gather(failure)
-        failed = [rank for rank, each in enumerate(failures) if each]
+        value, error = _attempt(work)
+        failures = self._world.gather(_told(error))
+        failed = [rank for rank, each in enumerate(failures) if each is not None]
         if failed:
+            _raise_foreign(error)
             ranks = f"rank {failed[0]}" + (f" and {len(failed) - 1} more" if failed[1:] else "")
             raise CheckpointError(f"{what} ({ranks}): {failures[failed[0]]}")
         return value  # type: ignore[return-value]
 
     def _on_first(self, what: str, work: Callable[[], T]) -> T:
         """Do `work` on rank 0 and return its result on every rank; fail on all if it fails."""
-        outcome = _attempt(work) if self._world.is_first else None
-        value, failure = self._world.share(outcome)
-        if failure:
+        value, error = _attempt(work) if self._world.is_first else (None, None)
+        value, failure = self._world.share((value, _told(error)))
+        if failure is not None:
+            _raise_foreign(error)
             raise CheckpointError(f"{what}: {failure}")
         return value  # type: ignore[no-any-return]
 
 
-def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
-    except CropstreamError as error:
-        return None, str(error)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for us
+        return None, error
+
+
+def _told(error: Exception | None) -> str | None:
+    """What the other ranks hear of an error; a bug's type says more than its message."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, CropstreamError) else f"{type(error).__name__}: {error}"
+
+
+def _raise_foreign(error: Exception | None) -> None:
+    if error is not None and not isinstance(error, CropstreamError):
+        raise error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,6 +282,16 @@ def _owned(engine: Engine, queue: FeatureQueue | None, world: World) -> Iterator
         whole |= {f"buffer/{name}": buffer for name, buffer in engine.module.named_buffers()}
     for name, tensor in whole.items():
         yield name, tensor.detach().reshape(-1), tuple(tensor.shape), 0
+
+
+def _check_finite(engine: Engine) -> None:
+    """A checkpoint that cannot be trained on must not push a good one out of the newest `keep`."""
+    bad = [each.name for each in engine.fragments() if not each.weight.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"the weights are not finite ({bad[0]} and {len(bad) - 1} more): the run has diverged; "
+            f"resume from an older checkpoint with a lower schedule.base_lr"
+        )
 
 
 def _share(fragments: Sequence[Fragment], world: World) -> Iterator[Fragment]:

@@ -1,6 +1,6 @@
 """Who am I among how many: the one place that reads RANK, LOCAL_RANK and WORLD_SIZE.
 
-`trainer.train` starts the world before it builds anything; everything below it receives a `World`.
+`trainer.__main__` starts the world before anything is built; the rest receives a `World`.
 The `deepspeed` launcher, torchrun and a cluster's own starter all describe a process by the same
 variables; with none of them set the process is a world of one, in which every collective still
 works, so no caller asks "am I distributed?".
@@ -27,33 +27,40 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class World:
-    """One process among `world_size`; `local_rank` counts within its machine."""
+    """One process among `world_size`; `local_rank` counts within its machine.
+
+    `host_group` carries values that lie in host memory, so that no device is waited for; None is
+    the whole world's own group, which does so on CPUs.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0: the one that logs, and that commits."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        dist.barrier()
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in order of rank, on every rank. The values are pickled."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host_group)
         return values
 
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
+
+    def any(self, value: bool) -> bool:
+        """Whether `value` holds on some rank. The ranks wait for each other, no device is asked."""
+        found = torch.tensor([value], dtype=torch.uint8)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
+        return bool(found)
 
     def mean(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Means over ranks of a few numbers: float64 [len(values)] on this rank's device."""
@@ -65,12 +72,13 @@ class World:
 def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
     """Join the processes the launcher started, or become a world of one.
 
-    NCCL on CUDA devices, gloo on CPUs. Call it before anything imports deepspeed, whose choice of
-    device it settles. Raises UsageError when the launcher's variables are incomplete or name no
-    device.
+    NCCL on CUDA devices, gloo on CPUs, which DS_ACCELERATOR=cpu asks for. Call it before anything
+    imports deepspeed, whose choice of device it settles. Raises UsageError when the launcher's
+    variables are incomplete or name no device.
     """
     rank, local_rank, world_size = _identity()
     device = _device(local_rank)
+    timeout = timedelta(seconds=timeout_s)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # else deepspeed probes for devices, slowly
     os.environ["LOCAL_RANK"] = str(local_rank)  # deepspeed insists on it, also without a launcher
@@ -80,15 +88,23 @@ def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
         store=dist.HashStore() if _is_alone() else None,  # type: ignore[attr-defined]
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
-    return World(rank, local_rank, world_size, device)
+    host_group: Any = None
+    if device.type == "cuda":
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, local_rank, world_size, device, host_group)
 
 
 def launched_rank() -> int:
     """The rank the launcher gave this process, 0 without one; known before any world is started."""
     return int(os.environ.get("RANK", "0"))
+
+
+def launched_local_rank() -> int:
+    """The same, counted within this machine."""
+    return int(os.environ.get("LOCAL_RANK", launched_rank()))
 
 
 def stop_world() -> None:
@@ -101,13 +117,22 @@ def stop_world() -> None:
     dist.destroy_process_group()
 
 
-def abandon_world() -> None:
+def abandon_world(world: World) -> None:
     """Leave the world after a failure, without waiting for anybody; nothing if it was left.
 
-    Without it the threads of gloo abort the process as it exits, and its exit code is lost.
+    Only what runs on gloo is destroyed: without that its threads abort the process as it exits, and
+    the exit code is lost. NCCL ends with the process: destroying it may wait for a collective that
+    other ranks never join.
     """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.destroy_process_group(world.host_group)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    # NCCL and the store have a type for it; gloo has only words.
+    words = ("onnection", "Timed out")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _identity() -> tuple[int, int, int]:
@@ -128,7 +153,7 @@ def _is_alone() -> bool:
 
 
 def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     num_devices = torch.cuda.device_count()
     if local_rank >= num_devices:

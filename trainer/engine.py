@@ -67,7 +67,6 @@ class Engine(Protocol):
 
     module: nn.Module
     optimizer: LARC
-    device: torch.device
     replicated: bool  # whether every rank holds every fragment whole
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -103,7 +102,6 @@ class PlainEngine:
     ) -> None:
         self.module = module
         self.optimizer = optimizer
-        self.device = _prototypes(module).device
         self._group = group
         self._prototype_group = _prototype_group(module, optimizer)
         _start_momentum(optimizer)
@@ -155,7 +153,6 @@ class DeepSpeedEngine:
         self._deepspeed = _initialize(module, optimizer, config)
         self.module = module
         self.optimizer = optimizer
-        self.device = _prototypes(module).device
         self.replicated = config.zero_stage == 0
         if not self.replicated:
             optimizer.bind(_segment_tables(self._deepspeed.optimizer))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pipeline.errors import DataError
-from pipeline.loader import SequentialLoader
+from pipeline.sequential import SequentialLoader
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ def extract_features(
             samples += batch.samples.tolist()
             labels += batch.labels
             bar.update(len(batch.labels))
+    if bad := int(loader.telemetry.total("bad_samples")):
+        print(  # noqa: T201 - what the figures that follow are not about
+            f"{bad} of {loader.snapshot.num_kept} images of {loader.config.dataset} could not be "
+            f"used and are left out",
+            file=sys.stderr,
+        )
     if not rows:
         raise DataError(
             f"no image of {loader.config.dataset} could be used; run `python -m shard_tools verify "

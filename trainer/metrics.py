@@ -2,8 +2,9 @@
 0.
 
 All lines so far travel inside every checkpoint, so that the curve of a run survives the machine it
-was measured on and shows each step once, however often the run was cut and resumed. A line is some
-300 bytes: 100,000 steps logged every tenth make 3 MB.
+was measured on. That copy shows each step once, however often the run was cut and resumed; the
+local metrics.jsonl also keeps what was trained again, and TensorBoard shows the last of it. A line
+is some 300 bytes: 100,000 steps logged every tenth make 3 MB.
 """
 
 import json
@@ -17,7 +18,10 @@ from tqdm import tqdm
 
 
 class MetricsLog:
-    """Writes one record a logged step: metrics.jsonl and TensorBoard's files in `directory`."""
+    """Writes one record a logged step: metrics.jsonl and TensorBoard's files in `directory`.
+
+    Raises OSError when the directory cannot be written to.
+    """
 
     def __init__(
         self, directory: str, *, history: bytes, first_step: int, total_steps: int
@@ -28,7 +32,7 @@ class MetricsLog:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder))
+        self._board = SummaryWriter(str(folder), purge_step=first_step)
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", desc="train", disable=None
         )

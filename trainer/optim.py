@@ -16,8 +16,8 @@ that are cut anywhere. Norms taken of that tensor are silently wrong. `bind` the
 piece of a flat tensor belongs to which parameter: norms are summed piece by piece and over ranks,
 with one all_reduce a group.
 
-Differences from apex: gradients are left as they are; norms meet in float64, so that their squares
-neither overflow nor vanish; the host never waits for a norm.
+Differences from apex: gradients are left as they are; the squared norms of pieces are summed in
+float64; the host never waits for a norm.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +48,6 @@ class Segment(NamedTuple):
     param_index: int  # within the parameter group
     offset: int  # where the piece begins in the flat tensor
     length: int
-    start: int = 0  # where the piece begins in the flattened parameter
 
 
 @dataclass(frozen=True)
@@ -228,6 +227,7 @@ class LARC(Optimizer):
 
 
 def _squared_norms(tensors: list[Tensor]) -> Tensor:
+    # Norms in the tensors' own precision, as apex takes them: in float64 they cost five times more.
     return torch.stack(torch._foreach_norm(tensors)).double().square_()
 
 
@@ -255,55 +255,6 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def normalize_rows(
-    weight: Tensor, *, shape: tuple[int, int] | None = None, table: SegmentTable | None = None
-) -> None:
-    """Divide every row of a matrix by max(its L2 norm, 1e-12), in place, as F.normalize does.
-
-    Without a table `weight` [K, D] is the matrix. With one, `weight` is this rank's flat partition
-    of a group whose only parameter is the matrix, of `shape` (K, D); rows may straddle ranks. The
-    table's segments must say their `start` in the matrix. One all_reduce of K numbers; no host
-    synchronisation.
-    """
-    if table is None:
-        weight.copy_(nn.functional.normalize(weight, dim=1))
-        return
-    if shape is None or table.num_params != 1:
-        raise ValueError("a partition can be normalised if its group is one matrix of known shape")
-    squares = torch.zeros(shape[0], dtype=torch.float64, device=weight.device)
-    pieces = [_RowPiece.cut(weight, segment, shape[1]) for segment in table.segments]
-    for piece in pieces:
-        squares[piece.rows] += piece.padded_rows().square_().sum(dim=1)
-    if table.process_group is not None:
-        dist.all_reduce(squares, group=table.process_group)
-    norms = squares.sqrt_().clamp_(min=1e-12)
-    for piece in pieces:
-        piece.divide(norms)
-
-
-@dataclass
-class _RowPiece:
-    """A stretch of a row-major matrix; its first and last row may be incomplete."""
-
-    values: Tensor  # flat view
-    rows: slice  # rows it touches
-    lead: int  # elements of its first row that lie before it
-    row_length: int
-
-    @classmethod
-    def cut(cls, flat: Tensor, segment: Segment, row_length: int) -> "_RowPiece":
-        first, lead = divmod(segment.start, row_length)
-        last = (segment.start + segment.length - 1) // row_length
-        values = flat.view(-1).narrow(0, segment.offset, segment.length)
-        return cls(values, slice(first, last + 1), lead, row_length)
-
-    def padded_rows(self) -> Tensor:
-        """Float64 [rows touched, D], zeros for what lies outside the piece."""
-        num_rows = self.rows.stop - self.rows.start
-        tail = num_rows * self.row_length - self.lead - self.values.numel()
-        padded = nn.functional.pad(self.values.double(), (self.lead, tail))
-        return padded.view(num_rows, self.row_length)
-
-    def divide(self, norms: Tensor) -> None:
-        divided = self.padded_rows().div_(norms[self.rows, None]).flatten()
-        self.values.copy_(divided.narrow(0, self.lead, self.values.numel()))
+def normalize_rows(weight_KD: Tensor) -> None:
+    """Divide every row by max(its L2 norm, 1e-12), in place, as F.normalize does."""
+    weight_KD.copy_(nn.functional.normalize(weight_KD, dim=1))

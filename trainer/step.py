@@ -31,8 +31,6 @@ class StepResult:
     """What a step leaves behind: on the device, without gradient, not yet waited for."""
 
     loss: Tensor  # scalar, of this rank
-    codes: Tensor  # [A, B, K]
-    scores: Tensor  # [V*B, K], crop-major
 
 
 def swav_step(
@@ -81,7 +79,7 @@ def swav_step(
     )
     engine.backward(loss)
     engine.step(lr=lr, freeze_prototypes=freeze_prototypes)
-    return StepResult(loss.detach(), codes_ABK, scores_NK.detach())
+    return StepResult(loss.detach())
 
 
 def _assigned(rows: Tensor, num_crops: int, crops_for_assign: Sequence[int]) -> Tensor:

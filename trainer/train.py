@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt
 
 from pipeline.config import dump_config
-from pipeline.errors import CropstreamError, TrainingError
+from pipeline.errors import CropstreamError, TrainingError, UsageError
 from pipeline.loader import Batch, MultiCropLoader
+from pipeline.quarantine import in_order
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
 from trainer.engine import DeepSpeedEngine, Engine
@@ -62,9 +64,9 @@ def train(config: "Config", world: World) -> int:
     run = _prepare(config, world)
     total_steps = config.train.epochs * run.loader.steps_per_epoch
     queue_start = _queue_start(config, run.loader.steps_per_epoch)
-    _announce(config, world, run.loader, run.first_step, total_steps)
+    _announce(run, total_steps)
 
-    with run.loader, _open_log(run, total_steps) as log:
+    with run.loader, together(world, lambda: _open_log(run, total_steps)) as log:
         clock = _Clock(run.loader, run.first_step)
         for step, batch in enumerate(run.loader, start=run.first_step):
             queue = run.queue if step >= queue_start else None
@@ -83,14 +85,18 @@ def train(config: "Config", world: World) -> int:
                 freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
                 group=dist.group.WORLD,
             )
-            done, stopping = step + 1, False
-            if done % config.train.log_every_steps == 0 or done == total_steps:
-                loss, stopping = _read(world, result, batch, stop)
+            done, stopping = step + 1, world.any(stop.is_set())
+            ending = stopping or done == total_steps
+            logging = done % config.train.log_every_steps == 0 or ending
+            saving = done % config.checkpoint.every_steps == 0 or ending
+            if logging or saving:  # a checkpoint of a run that has diverged is worse than none
+                loss = _read_loss(run, result, batch)
+            if logging:
                 record = {"step": step, "epoch": batch.epoch, "loss": loss, "lr": lr}
                 record |= {"queue_used": queue_used, **clock.lap(world, step)}
                 if log:
                     log.write(record)
-            if done % config.checkpoint.every_steps == 0 or done == total_steps or stopping:
+            if saving:
                 run.save(done, log)
             if stopping and done < total_steps:
                 return STOPPED
@@ -108,20 +114,21 @@ class _Run:
     engine: Engine
     queue: FeatureQueue | None
     first_step: int = 0
-    quarantine: list[dict[str, Any]] = field(default_factory=list)  # of before we were started
+    changes: list[str] = field(default_factory=list)  # of settings, since the checkpoint
     history: bytes = b""  # metrics of before we were started, on rank 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
         state = self.checkpoints.restore(checkpoint, self.engine, queue=self.queue)
         self.first_step = checkpoint.step
-        self.quarantine = state["quarantine"]
-        self.history = self.checkpoints.metrics(checkpoint) if self.world.is_first else b""
+        self.changes = changed_settings(state["config"], dump_config(self.config))
+        self.history = self.checkpoints.metrics(checkpoint)
 
     def save(self, step: int, log: MetricsLog | None) -> None:
-        found = [entry for part in self.world.gather(self.loader.quarantine) for entry in part]
+        position = self.loader.state_dict()
+        found = self.loader.quarantine.before(position["epoch"], position["step"])
         state = {
-            "loader": self.loader.state_dict(),
-            "quarantine": self.quarantine + found,
+            "loader": position,
+            "quarantine": in_order(each for part in self.world.gather(found) for each in part),
             "config": dump_config(self.config),
         }
         metrics = log.all_lines() if log else b""
@@ -133,8 +140,9 @@ def _prepare(config: "Config", world: World) -> _Run:
     checkpoints = together(world, lambda: Checkpoints(config.checkpoint, world))
     checkpoint = checkpoints.latest()
     loader = together(world, lambda: _build_loader(config, world, checkpoint))
+    queue = together(world, lambda: _build_queue(config, world, loader))
+    checkpoints.prove_writable()
     engine = _build_engine(config, world)
-    queue = _build_queue(config, world, loader)
     run = _Run(config, world, checkpoints, loader, engine, queue)
     if checkpoint is not None:
         run.resume(checkpoint)
@@ -144,12 +152,16 @@ def _prepare(config: "Config", world: World) -> _Run:
 def _open_log(run: _Run, total_steps: int) -> AbstractContextManager[MetricsLog | None]:
     if not run.world.is_first:
         return nullcontext()
-    return MetricsLog(
-        run.config.train.log_dir,
-        history=run.history,
-        first_step=run.first_step,
-        total_steps=total_steps,
-    )
+    directory = run.config.train.log_dir
+    try:
+        return MetricsLog(
+            directory, history=run.history, first_step=run.first_step, total_steps=total_steps
+        )
+    except OSError as error:
+        raise UsageError(
+            f"cannot write logs to train.log_dir={directory}: {error.strerror or error}; "
+            f"give it a folder of this machine that can be written to"
+        ) from None
 
 
 def together(world: World, build: Callable[[], T]) -> T:
@@ -180,6 +192,7 @@ def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None)
         device=world.device,
         epochs=config.train.epochs,
         state=checkpoint.state["loader"] if checkpoint else None,
+        quarantine=checkpoint.state["quarantine"] if checkpoint else (),
     )
 
 
@@ -200,9 +213,13 @@ def _build_engine(config: "Config", world: World) -> Engine:
 
 
 def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> FeatureQueue | None:
-    """Allocated from the beginning, so that a checkpoint has one shape; used from its start on."""
+    """Allocated from the beginning, so that a checkpoint has one shape; used from its start on.
+
+    Raises UsageError for a queue that would never take part.
+    """
     if not config.queue.length:
         return None
+    _check_queue(config, loader)
     return FeatureQueue(
         config.queue.length,
         config.model.feat_dim,
@@ -211,6 +228,22 @@ def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> Fea
         world_size=world.world_size,
         device=world.device,
     )
+
+
+def _check_queue(config: "Config", loader: MultiCropLoader) -> None:
+    length, global_batch = config.queue.length, loader.order.global_batch
+    if length < global_batch:
+        raise UsageError(
+            f"queue.length={length} holds no whole global batch of {global_batch}; make it a "
+            f"multiple of loader.global_batch, or 0 for no queue"
+        )
+    start = _queue_start(config, loader.steps_per_epoch)
+    total_steps = config.train.epochs * loader.steps_per_epoch
+    if start >= total_steps:
+        raise UsageError(
+            f"the queue would start at step {start}, after the last of the run's {total_steps}; "
+            f"lower queue.start_epoch or queue.start_step, or set queue.length=0 for no queue"
+        )
 
 
 def _queue_start(config: "Config", steps_per_epoch: int) -> int:
@@ -231,22 +264,24 @@ def _learning_rate(config: "Config", step: int, steps_per_epoch: int) -> float:
     )
 
 
-def _read(world: World, result: StepResult, batch: Batch, stop: "_Flag") -> tuple[float, bool]:
-    """The mean loss over ranks, and whether any rank was told to stop; here the host waits.
+def _read_loss(run: _Run, result: StepResult, batch: Batch) -> float:
+    """The mean loss over ranks; here the host waits for the device.
 
     Raises TrainingError on every rank when the loss of one is not finite, naming its samples.
     """
-    mine = result.loss.item()
-    loss, stopped = world.mean([mine, float(stop.is_set())]).tolist()
+    world, mine = run.world, result.loss.item()
+    loss: float = world.mean([mine]).item()
     if not math.isfinite(loss):
         where = f"{mine} on rank {world.rank}, samples {batch.samples[:8].tolist()}…"
         found = [each for each in world.gather(None if math.isfinite(mine) else where) if each]
+        url = run.config.checkpoint.run
         raise TrainingError(
             f"the loss is not finite at step {batch.step} of epoch {batch.epoch}: {found[0]} "
-            f"({len(found)} rank(s) in all); resume from an older checkpoint with a lower "
-            f"schedule.base_lr or engine.precision=fp32"
+            f"({len(found)} rank(s) in all). Go on from an older checkpoint with a lower "
+            f"schedule.base_lr or engine.precision=fp32: `python -m trainer.checkpoint ls {url}` "
+            f"lists them, `python -m trainer.checkpoint rm {url} --step N` removes a newer one"
         )
-    return loss, stopped > 0
+    return loss
 
 
 class _Clock:
@@ -292,18 +327,34 @@ def _catch_sigterm() -> _Flag:
     return flag
 
 
-def _announce(
-    config: "Config", world: World, loader: MultiCropLoader, first_step: int, total_steps: int
-) -> None:
-    if not world.is_first:
+def changed_settings(before: str, now: str) -> list[str]:
+    """The differences of two configurations as `dump_config` writes them: "key old -> new"."""
+    old, new = _flat(before), _flat(now)
+    keys = dict.fromkeys([*new, *old])
+    return [
+        f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(text: str) -> dict[str, Any]:
+    tree = tomllib.loads(text)
+    return {f"{name}.{key}": value for name, part in tree.items() for key, value in part.items()}
+
+
+def _announce(run: _Run, total_steps: int) -> None:
+    if not run.world.is_first:
         return
-    order = loader.order
-    begun = f"resuming at step {first_step}" if first_step else "starting"
-    print(  # noqa: T201 - the first line of a run's log
+    config, loader, order = run.config, run.loader, run.loader.order
+    begun = f"resuming at step {run.first_step}" if run.first_step else "starting"
+    lines = [
         f"{begun} of {total_steps}: {order.num_samples} images of {config.loader.dataset} "
-        f"(version {loader.snapshot.version}), {world.world_size} rank(s) of {loader.batch_size} "
-        f"images, lanes {order.lanes}, chunk {order.chunk}, window {order.window}; checkpoints in "
-        f"{config.checkpoint.run}, logs in {config.train.log_dir} (pid {os.getpid()})",
-        file=sys.stderr,
-        flush=True,
-    )
+        f"(version {loader.snapshot.version}), {run.world.world_size} rank(s) of "
+        f"{loader.batch_size} images, lanes {order.lanes}, chunk {order.chunk}, window "
+        f"{order.window}; checkpoints in {config.checkpoint.run}, logs in {config.train.log_dir} "
+        f"(pid {os.getpid()})"
+    ]
+    if run.changes:
+        lines.append(f"changed since the checkpoint: {', '.join(run.changes)}")
+    print(*lines, sep="\n", file=sys.stderr, flush=True)  # noqa: T201 - a run's log begins so

@@ -20,6 +20,7 @@ def environment() -> dict[str, str]:
     """Two ranks on two cores, CPUs only, collectives on loopback."""
     return os.environ | {
         "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",

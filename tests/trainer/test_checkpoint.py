@@ -79,11 +79,11 @@ def checkpoints(url: str, world: World, keep: int = 3) -> Checkpoints:
 # one process, no DeepSpeed
 
 
-def save_at(url: str, step: int, **options: Any) -> dict[str, Tensor]:
-    """A checkpoint whose weights are filled with its step."""
+def save_at(url: str, step: int, *, fill: float | None = None, **options: Any) -> dict[str, Tensor]:
+    """A checkpoint whose weights are filled with its step, or with `fill`."""
     engine, queue = build("plain", alone()), case_of("plain", alone()).queue()
     for number, fragment in enumerate(engine.fragments()):
-        fragment.weight.fill_(step + number / 1000)
+        fragment.weight.fill_(step + number / 1000 if fill is None else fill)
         fragment.momentum.fill_(-step)
     state = {"position": step, "text": "é"}
     checkpoints(url, alone(), **options).save(step, engine, queue=queue, state=state, metrics=b"{}")
@@ -147,6 +147,18 @@ def test_only_the_newest_are_kept(url):
     assert saved_steps(store) == [3, 4]
     kept = {o.key for step in (3, 4) for o in read_checkpoint(store, step).objects}
     assert {info.key for info in store.list("objects")} == kept
+
+
+def test_weights_that_are_not_finite_push_no_good_checkpoint_out(url):
+    save_at(url, 1)
+    with pytest.raises(CheckpointError, match=r"cannot write checkpoint 2 .* not finite"):
+        save_at(url, 2, fill=float("nan"), keep=1)
+    assert saved_steps(open_store(url)) == [1]
+
+
+def test_a_store_that_takes_nothing_is_noticed_at_the_start():
+    with pytest.raises(CheckpointError, match="cannot write checkpoints to"):
+        checkpoints("/proc/nowhere", alone()).prove_writable()
 
 
 def test_saving_the_same_step_again_does_nothing(url):
@@ -393,6 +405,7 @@ def run_and_save(root: str) -> dict[str, Any]:
         checkpoints(f"{root}/{name}", world).save(SAVED, engine, queue=queue, state={"at": SAVED})
         found[name] = steps(engine, case, queue, SAVED, END), state_of(engine, queue)
     found["failure"] = failing_rank(f"{root}/failing", world)
+    found["bug"] = rank_with_a_bug(f"{root}/failing", world)
     return found | resume(root)
 
 
@@ -421,6 +434,17 @@ def failing_rank(url: str, world: World) -> str:
     except CheckpointError as error:
         return str(error)
     return "no error"
+
+
+def rank_with_a_bug(url: str, world: World) -> str:
+    """Rank 1 meets what is no error of ours, where all take part and, rank 0, where one does."""
+    every, told = checkpoints(url, world), []
+    for rank, method in ((1, every._together), (0, every._on_first)):
+        try:
+            method("work", lambda rank=rank: 1 // (world.rank - rank))
+        except (CheckpointError, ZeroDivisionError) as error:
+            told.append(f"{type(error).__name__}: {error}")
+    return "; ".join(told)
 
 
 @pytest.fixture(scope="module")
@@ -462,3 +486,11 @@ def test_resuming_with_fewer_ranks(runs, pair):
 def test_a_rank_that_cannot_write_fails_all(runs):
     for rank in runs[0]:
         assert re.search(r"cannot write checkpoint 1 to .* \(rank 1\): ", rank["failure"])
+
+
+@pytest.mark.dist
+def test_a_bug_on_one_rank_leaves_no_other_waiting(runs):
+    division = "ZeroDivisionError: integer division or modulo by zero"
+    first, second = (rank["bug"] for rank in runs[0])
+    assert first == f"CheckpointError: work (rank 1): {division}; {division}"
+    assert second == f"{division}; CheckpointError: work: {division}"

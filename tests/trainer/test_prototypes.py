@@ -1,14 +1,12 @@
-"""Prototypes: normalised whole and in flat partitions, and left alone while frozen."""
+"""Prototypes: normalised, and left alone while frozen."""
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from tests.support import golden
-from tests.support.processes import run_ranks
 from trainer.loss import swav_loss
-from trainer.optim import LARC, Segment, SegmentTable, normalize_rows, parameter_groups
+from trainer.optim import LARC, normalize_rows, parameter_groups
 from trainer.sinkhorn import sinkhorn
 
 TOLERANCES = {
@@ -25,57 +23,11 @@ def _close(actual: torch.Tensor, key: str, atol: float, index: int | None = None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_normalised_whole(dtype: torch.dtype):
+def test_normalised(dtype: torch.dtype):
     suffix, atol = TOLERANCES[dtype]
     weight = golden.tensor("prototypes", "norm__w", dtype).requires_grad_()
     normalize_rows(weight)
     _close(weight, f"norm__w_normalised_{suffix}", atol["norm"])
-
-
-def _partition(cuts: list[int], rank: int, dtype: torch.dtype) -> tuple[torch.Tensor, Segment]:
-    """This rank's stretch of the matrix, after three numbers of padding and before two."""
-    weight = golden.tensor("prototypes", "norm__w", dtype).flatten()
-    start, stop = cuts[rank], cuts[rank + 1]
-    padding = torch.full((3,), 7.0, dtype=dtype)
-    flat = torch.cat([padding, weight[start:stop], padding[:2]])
-    return flat, Segment(param_index=0, offset=3, length=stop - start, start=start)
-
-
-def _rank_normalises(cuts: list[int], dtype: torch.dtype) -> torch.Tensor:
-    flat, segment = _partition(cuts, dist.get_rank(), dtype)
-    table = SegmentTable(1, [segment], dist.group.WORLD)
-    normalize_rows(flat, shape=(12, 16), table=table)
-    return flat
-
-
-def _rank_normalises_all(all_cuts: list[list[int]]) -> dict:
-    return {(i, d): _rank_normalises(c, d) for i, c in enumerate(all_cuts) for d in TOLERANCES}
-
-
-@pytest.mark.dist
-def test_normalised_in_partitions_with_rows_across_ranks():
-    all_cuts = [[0, 100, 192], [0, 96, 192], [0, 0, 192], [0, 7, 192], [0, 191, 192]]
-    by_rank = run_ranks(_rank_normalises_all, 2, all_cuts)
-    for key in by_rank[0]:
-        suffix, atol = TOLERANCES[key[1]]
-        flats = [flats[key] for flats in by_rank]
-        assert all(flat[:3].eq(7).all() and flat[-2:].eq(7).all() for flat in flats)
-        whole = torch.cat([flat[3:-2] for flat in flats]).view(12, 16)
-        _close(whole, f"norm__w_normalised_{suffix}", atol["norm"])
-
-
-def test_normalised_in_several_segments_of_one_rank():
-    weight = golden.tensor("prototypes", "norm__w", torch.float64).flatten()
-    flat = torch.cat([weight[77:], torch.zeros(1), weight[:77]])
-    table = SegmentTable(1, [Segment(0, 0, 115, 77), Segment(0, 116, 77, 0)])
-    normalize_rows(flat, shape=(12, 16), table=table)
-    whole = torch.cat([flat[116:], flat[:115]]).view(12, 16)
-    _close(whole, "norm__w_normalised_f64", 1e-15)
-
-
-def test_a_partition_needs_its_shape():
-    with pytest.raises(ValueError, match="known shape"):
-        normalize_rows(torch.zeros(4), table=SegmentTable(1, [Segment(0, 0, 4)]))
 
 
 class _Model(nn.Module):

@@ -14,6 +14,9 @@ CASES = golden.meta("sinkhorn")
 OVERFLOWS = {"underflow_eps005", "dead_prototype_eps008", "ws2_rank0_fp32_overflow"}
 
 
+MIXED = {case for case in CASES if f"{case}__codes_o1" in golden.arrays("sinkhorn")}
+
+
 def _codes(case: str, rank: int, dtype: torch.dtype, group: dist.ProcessGroup | None):
     scores = golden.tensor("sinkhorn", f"{case}__scores")[rank].to(dtype)
     arguments = CASES[case]
@@ -40,6 +43,16 @@ def _check(case: str, codes_f32: torch.Tensor, codes_f64: torch.Tensor) -> None:
     )
 
 
+def _check_mixed(case: str, codes: torch.Tensor) -> None:
+    """Codes of half scores, against the reference under mixed precision and against the truth."""
+    mixed = golden.tensor("sinkhorn", f"{case}__codes_o1")
+    torch.testing.assert_close(codes, mixed, rtol=0, atol=2e-3)
+    truth = golden.tensor("sinkhorn", f"{case}__codes_f64")
+    top = truth.argmax(dim=-1, keepdim=True)
+    tops = codes.gather(-1, top).double(), truth.gather(-1, top)
+    torch.testing.assert_close(*tops, rtol=0.01, atol=0)
+
+
 def test_every_case_is_covered():
     assert len(_of_size(1)) + len(_of_size(2)) + len(_of_size(4)) == len(CASES)
 
@@ -50,12 +63,15 @@ def test_one_rank(case: str):
     _check(case, f32, f64)
 
 
+@pytest.mark.parametrize("case", [case for case in _of_size(1) if case in MIXED])
+def test_half_precision_scores_on_one_rank(case: str):
+    _check_mixed(case, _codes(case, 0, torch.float16, None)[None])
+
+
 def _rank_codes(cases: list[str]):
     rank, group = dist.get_rank(), dist.group.WORLD
-    return {
-        case: [_codes(case, rank, dtype, group) for dtype in (torch.float32, torch.float64)]
-        for case in cases
-    }
+    dtypes = torch.float32, torch.float64, torch.float16
+    return {case: [_codes(case, rank, dtype, group) for dtype in dtypes] for case in cases}
 
 
 @pytest.mark.dist
@@ -63,8 +79,10 @@ def _rank_codes(cases: list[str]):
 def test_several_ranks(world_size: int):
     by_rank = run_ranks(_rank_codes, world_size, _of_size(world_size))
     for case in _of_size(world_size):
-        f32, f64 = (torch.stack([codes[case][i] for codes in by_rank]) for i in (0, 1))
+        f32, f64, f16 = (torch.stack([codes[case][i] for codes in by_rank]) for i in range(3))
         _check(case, f32, f64)
+        if case in MIXED:
+            _check_mixed(case, f16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

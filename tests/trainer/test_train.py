@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
 from tests.support.launch import ROOT, environment, read_metrics, run_module, wait_for
+from trainer.fragments import saved_steps
 
 SETTINGS = [
     "loader.global_batch=8",
@@ -50,18 +52,67 @@ def test_sigterm_saves_and_leaves_with_3_and_another_order_is_refused(
     assert (tmp_path / "run" / "manifests" / f"{done:09d}.json").exists()
     assert done < 200
 
+    assert "changed since" not in log.read_text()
+    again = run_module("trainer", *settings, "train.epochs=1", "loader.threads=1")
+    assert again.returncode == 0, "it had more steps than that"
+    changes = "loader.threads 0 -> 1, train.epochs 40 -> 1"
+    assert f"changed since the checkpoint: {changes}\n" in again.stderr
     changed = run_module("trainer", *settings, "train.epochs=40", "loader.global_batch=4")
     assert changed.returncode == 2
     assert "loader.global_batch is 4, but the checkpoint was written with 8" in changed.stderr
     assert "Traceback" not in changed.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str]) -> None:
-    result = run_module("trainer", *settings, "train.epochs=4", "optim.trust_coefficient=1e30")
+def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: Path) -> None:
+    more = ["train.epochs=4", "optim.trust_coefficient=1e30", "schedule.freeze_prototypes_steps=0"]
+    more += ["train.log_every_steps=1000", "checkpoint.every_steps=1"]
+    result = run_module("trainer", *settings, *more)
     assert result.returncode == 1
     assert "error: the loss is not finite" in result.stderr
     assert "on rank 0, samples [" in result.stderr
+    assert f"`python -m trainer.checkpoint rm {tmp_path / 'run'} --step N`" in result.stderr
     assert "Traceback" not in result.stderr
+    assert saved_steps(open_store(str(tmp_path / "run"))) == [1], "while the loss was finite"
+
+
+@pytest.mark.parametrize(
+    ("code", "setting", "words"),
+    [
+        (2, "train.log_dir=/proc/nowhere", "cannot write logs to train.log_dir=/proc/nowhere"),
+        (1, "checkpoint.run=/proc/nowhere", "cannot write checkpoints to file:///proc/nowhere"),
+        (2, "queue.length=4", "queue.length=4 holds no whole global batch of 8"),
+        (2, "queue.length=8 queue.start_epoch=2", "would start at step 10, after the last of"),
+    ],
+)
+def test_what_cannot_work_is_told_before_training(
+    settings: list[str], code: int, setting: str, words: str
+) -> None:
+    result = run_module("trainer", *settings, "train.epochs=2", *setting.split())
+    assert result.returncode == code, result.stderr
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "step 1/" not in result.stderr
+
+
+def test_a_mistake_of_one_rank_is_told_by_that_rank(settings: list[str]) -> None:
+    """Every other rank may wait for it, or have none."""
+    result = run_module("trainer", *settings, env={"RANK": "1", "LOCAL_RANK": "1"})
+    assert result.returncode == 2
+    assert "error: the environment describes one process of several" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--k", "0", "5", "--batch-size", "0"], "--k 0, --batch-size 0: must be positive"),
+        (["--temperature", "nan", "--size", "-1"], "--temperature nan, --size -1: must be"),
+    ],
+)
+def test_evaluation_checks_its_options_before_it_reads(options: list[str], words: str) -> None:
+    places = ["--run", "/nowhere", "--dataset", "/nowhere"]
+    result = run_module("trainer.evaluate", "knn", *places, *options)
+    assert result.returncode == 2
+    assert words in result.stderr
 
 
 def test_print_config_can_be_read_back(settings: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 
@@ -46,15 +47,13 @@ def main() -> int:
 
 
 def run_knn(arguments: argparse.Namespace) -> int:
-    from trainer.evaluate.evaluation import (
-        Evaluation,  # after --help, which need not wait for torch
-    )
+    check_ranges(arguments)
+    # After --help and mistakes, which need not wait for torch.
+    from trainer.evaluate.evaluation import Evaluation
 
     evaluation = Evaluation.of_run(
         arguments.run, step=arguments.step, size_px=arguments.size, batch_size=arguments.batch_size
     )
-    if min(arguments.k) < 1 or arguments.temperature <= 0:
-        raise UsageError("--k and --temperature must be positive")
     trunks = ["trained", "random"] if arguments.random_trunk else ["trained"]
     accuracy = {
         trunk: evaluation.knn(
@@ -71,6 +70,18 @@ def run_knn(arguments: argparse.Namespace) -> int:
     else:
         print_table(accuracy, trunks, evaluation.checkpoint.step)
     return 0
+
+
+def check_ranges(arguments: argparse.Namespace) -> None:
+    """Raises UsageError naming every option that is out of its range."""
+    values = {
+        "--k": min(arguments.k),
+        "--temperature": arguments.temperature,
+        "--size": 1 if arguments.size is None else arguments.size,
+        "--batch-size": arguments.batch_size,
+    }
+    if wrong := [f"{name} {value}" for name, value in values.items() if not 0 < value < math.inf]:
+        raise UsageError(f"{', '.join(wrong)}: must be positive")
 
 
 def print_table(accuracy: dict[str, dict[int, float]], trunks: Sequence[str], step: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline.config import parse_config
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.loader import SequentialLoader
+from pipeline.sequential import SequentialLoader
 from pipeline.store import open_store
 from trainer.config import Config
 from trainer.evaluate.knn import knn_accuracy
@@ -84,7 +84,7 @@ class Evaluation:
     ) -> dict[int, float]:
         """Top-1 accuracy by k. Without a bank every image is classified by all the others.
 
-        Raises UsageError for images without labels.
+        Raises UsageError for images without labels, and if every k exceeds the bank.
         """
         queries = self.features(dataset, trained=trained)
         voters = self.features(bank, trained=trained) if bank else queries
@@ -94,7 +94,7 @@ class Evaluation:
         def encode(features: Features) -> Tensor:
             return torch.tensor([numbers[str(label)] for label in features.labels])
 
-        return knn_accuracy(
+        accuracy = knn_accuracy(
             queries.features,
             encode(queries),
             voters.features,
@@ -103,6 +103,12 @@ class Evaluation:
             temperature=temperature,
             leave_one_out=bank is None,
         )
+        if not accuracy:
+            raise UsageError(
+                f"no --k of {', '.join(map(str, neighbours))} is at most the number of other "
+                f"images that vote: {bank or dataset} has {len(voters.labels)} that can be used"
+            )
+        return accuracy
 
 
 def _labelled(features: Features, dataset: str) -> list[str]:
