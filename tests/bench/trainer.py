@@ -17,6 +17,7 @@ def rows() -> Iterator[Row]:
             *("trainer", "--config", "configs/demo.toml", "train.epochs=1"),
             *(f"loader.dataset={folder}/data", f"checkpoint.run={folder}/run"),
             *("loader.global_batch=16", f"train.log_dir={folder}/log", "schedule.warmup_steps=0"),
+            "queue.start_step=4",
         )
         assert result.returncode == 0, result.stderr
         peak_bytes = max(
