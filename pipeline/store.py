@@ -321,6 +321,7 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     Raises UsageError on any other URL and AccessDeniedError if there are no AWS credentials.
     """
     text = os.fspath(url)
+    refuse_credentials(text)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return _open_directory(Path(text).absolute())
@@ -333,6 +334,19 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     raise UsageError(
         f"{text!r} is no store: expected s3://bucket/prefix, file:///directory or a local path"
     )
+
+
+def refuse_credentials(url: str) -> None:
+    """Raise UsageError, which does not repeat it, for a URL like s3://key:secret@bucket/prefix.
+
+    A URL ends up in plans, logs and checkpoints.
+    """
+    host = url.partition("://")[2].partition("/")[0]
+    if "@" in host:
+        raise UsageError(
+            "a URL must not hold credentials (user:password@…): take them out, and set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE; treat those as leaked"
+        )
 
 
 def resolve(base: Store, key_or_url: str) -> tuple[Store, str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import UsageError
-from pipeline.store import SourceFile, list_files
+from pipeline.store import SourceFile, list_files, refuse_credentials
 
 RUN_FILES = 500_000  # of about 300 bytes each in memory
 MERGED_RUNS = 64  # at once: so many files are open, and a batch of each in memory
@@ -49,7 +49,11 @@ def sorted_files(source: str, *, run_files: int = RUN_FILES) -> Iterator[SourceF
 
 
 def source_url(source: str) -> str:
-    """A source as an absolute URL, the same one however it is spelt, without a slash at its end."""
+    """A source as an absolute URL, the same one however it is spelt, without a slash at its end.
+
+    Raises UsageError for a URL with credentials in it.
+    """
+    refuse_credentials(source)
     scheme, separator, path = source.partition("://")
     if not separator or scheme == "file":
         path = os.path.normpath(Path(path if separator else source).absolute())

@@ -193,6 +193,13 @@ def test_opening_creates_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "typo").exists()
 
 
+@pytest.mark.parametrize("url", ["s3://AKIA:hush@bucket/x", "https://me:hush@host/x"])
+def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(UsageError, match="must not hold credentials") as refusal:
+        open_store(url)
+    assert "hush" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("url", ["http://host/x", "s3://", "s3:///x", "gs://b/p", "file://x/y"])
 def test_no_store(url: str) -> None:
     with pytest.raises(UsageError, match="is no store"):
