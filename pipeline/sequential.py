@@ -81,7 +81,11 @@ class SequentialLoader:
         for sample in reader.read(first, last):
             if isinstance(sample, RawSample):
                 try:
-                    image = decode_rgb(sample.data)
+                    image = decode_rgb(
+                        sample.data,
+                        max_pixels=self.config.max_image_pixels,
+                        max_bytes=len(sample.data),
+                    )
                 except SampleError:
                     pass
                 else:

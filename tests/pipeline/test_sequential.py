@@ -43,3 +43,11 @@ def test_damaged_images_are_left_out_and_counted(tmp_path: Path):
     samples = [number for batch in loader for number in batch.samples.tolist()]
     assert samples == [number for number in range(20) if number != 10]
     assert loader.telemetry.total("bad_samples") == 1
+
+
+def test_the_pixel_cap_is_the_configurations(tmp_path: Path):
+    write_dataset(str(tmp_path), pictures(6, size_px=(60, 61)))
+    config = LoaderConfig(dataset=str(tmp_path), max_image_pixels=100)
+    loader = SequentialLoader(config, AugmentConfig(), size_px=24, batch_size=4)
+    assert list(loader) == []
+    assert loader.telemetry.total("bad_samples") == 6
