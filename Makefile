@@ -12,13 +12,22 @@ CODE := pipeline shard_tools trainer tests
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: .venv/.complete  ## create .venv with everything pinned (about two minutes)
+setup: .venv/.complete .venv/.chromium  ## create .venv with everything pinned (about two minutes) [CHROMIUM=no]
 
 .venv/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("cropstream needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+# One test looks at a page in a browser, and says so where there is none: this may fail.
+.venv/.chromium: | .venv/.complete
+	@if test '$(CHROMIUM)' != no && ! command -v chromium >/dev/null && command -v apt-get >/dev/null && test "$$(id -u)" = 0; then \
+		echo 'installing Chromium for the test of the gallery (leave it out: CHROMIUM=no)'; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo 'Chromium could not be installed: its test will be skipped (try again: rm $@; make setup)'; \
+		touch $@; \
+	fi
 
 check: setup  ## lint, types, import rules
 	$(BIN)/ruff check $(CODE)

@@ -11,22 +11,27 @@ What becomes of pixels that are not 8-bit RGB (the reference says Pillow's
     grey, 1-bit                  the grey value three times
     palette                      looked up
     alpha, transparent colour    composited on white, as on a page (the reference drops alpha)
+    grey and alpha               the same, then the grey value three times
     16-bit grey                  v * 255 / 65535, rounded (the reference clips: nearly all white)
     16-bit colour                the high byte (done by Pillow's readers)
     CMYK, YCbCr, LAB, HSV        Pillow's convert, without colour profiles
     32-bit integer, float        "unsupported": no scale is known
-    several frames               the first one
+    several frames               the first one; see `is_animated`
+    ICC profile, gAMA, cHRM      ignored: the values as stored, as in the reference
     EXIF orientation             not applied, as in the reference; see `exif_orientation`
+    TIFF orientation             applied by Pillow, the size in the header is the turned one
+    broken EXIF, XMP, text       ignored wherever the pixels decode
 
 A JPEG that is damaged but complete decodes as in Pillow: what is whole, CRC32C decides. A
 truncated one never does.
 """
 
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -57,6 +62,13 @@ _PILLOW_ERRORS = (
     NotImplementedError,
     MemoryError,
     RuntimeError,  # its AVIF reader
+    # Parsers that trust the file: a missing field, an offset beyond the end, a division by zero.
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where warnings are errors
 )
@@ -71,6 +83,7 @@ _DECODED = (  # (offset, magic bytes, Pillow's name of the format)
     (0, b"II*\0", "TIFF"),
     (0, b"MM\0*", "TIFF"),
     (4, b"ftypavif", "AVIF"),
+    (4, b"ftypavis", "AVIF"),
 )
 _REFUSED = (
     (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
@@ -86,6 +99,8 @@ _REFUSED = (
 _SIMPLE_COLORS = ("YCbCr", "RGB", "Gray")
 _ORIENTATION = 0x0112  # the EXIF tag
 _START_OF_SCAN = 0xDA  # the JPEG marker after which pixels follow
+_APP1 = 0xE1  # the JPEG marker of EXIF and XMP
+_MANY_FRAMES = ("AVIF", "GIF", "PNG", "TIFF", "WEBP")
 _HASH_ROWS, _HASH_COLUMNS = 8, 9
 
 
@@ -96,6 +111,8 @@ class ImageHeader:
     width_px: int
     height_px: int
     format: str
+    # Whether it is a JPEG that simplejpeg decodes: no CMYK, whose conventions only Pillow knows.
+    suits_simplejpeg: bool = field(default=False, compare=False, repr=False)
 
 
 def guard_header(
@@ -110,12 +127,13 @@ def guard_header(
     if len(data) > max_bytes:
         raise SampleError(TOO_LARGE, f"{len(data)} bytes, allowed are {max_bytes}")
     image_format = _sniff(data)
-    width_px, height_px = _jpeg_size(data) if image_format == "JPEG" else _size(data, image_format)
+    header = _jpeg_header(data) if image_format == "JPEG" else _header(data, image_format)
+    width_px, height_px = header.width_px, header.height_px
     if width_px * height_px > max_pixels:
         raise SampleError(BOMB, f"{width_px}x{height_px} pixels, allowed are {max_pixels}")
     if width_px <= 0 or height_px <= 0:
         raise SampleError(UNDECODABLE, f"{width_px}x{height_px} pixels")
-    return ImageHeader(width_px, height_px, image_format)
+    return header
 
 
 def decode_rgb(
@@ -126,13 +144,57 @@ def decode_rgb(
     Raises SampleError as `guard_header` does, and TRUNCATED, UNSUPPORTED or UNDECODABLE for the
     pixels.
     """
-    header = guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
-    if not _suits_simplejpeg(data, header):
+    return decode_pixels(data, guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes))
+
+
+def decode_pixels(
+    data: bytes, header: ImageHeader, *, min_width_px: int = 0, min_height_px: int = 0
+) -> NDArray[np.uint8]:
+    """Decode an image that `guard_header` let pass to uint8 [H, W, 3], by the table at the top.
+
+    With a minimum, a JPEG is decoded at the smallest eighths of its size that reach both, which
+    saves time; all of it is read none the less. Every other image comes out whole. Raises
+    SampleError: TRUNCATED, UNSUPPORTED or UNDECODABLE.
+    """
+    if not header.suits_simplejpeg:
         return _decode_with_pillow(data, header)
     try:
-        return np.asarray(simplejpeg.decode_jpeg(data, "RGB"))
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_width=min_width_px, min_height=min_height_px
+        )
     except ValueError as error:
         return _decode_refused_jpeg(data, header, error)
+    return np.asarray(pixels)
+
+
+def decode_grey(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
+    """Decode an image that `guard_header` let pass to uint8 [H, W] grey, for `hash_grey`.
+
+    A JPEG comes out much reduced, but all of it is read: what has a grey picture decodes. Raises
+    SampleError as `decode_pixels` does.
+    """
+    if header.suits_simplejpeg:
+        try:  # eight cells of the grid each way: enough for the hash, and less to compute
+            grey = simplejpeg.decode_jpeg(
+                data, "GRAY", min_height=8 * _HASH_ROWS, min_width=8 * _HASH_COLUMNS
+            )
+            return np.asarray(grey[:, :, 0])
+        except ValueError as error:
+            _refuse_truncated_jpeg(error)
+    return to_grey(_decode_with_pillow(data, header))
+
+
+def to_grey(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The luma (ITU-R 601) of uint8 [H, W, 3] as uint8 [H, W]."""
+    return np.asarray(Image.fromarray(pixels).convert("L"))
+
+
+def hash_grey(grey: NDArray[np.uint8]) -> int:
+    """The dHash of a grey picture uint8 [H, W]: see `perceptual_hash`."""
+    grid = Image.fromarray(grey).resize((_HASH_COLUMNS, _HASH_ROWS), Image.Resampling.BOX)
+    cells = np.asarray(grid, dtype=np.int16)
+    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
+    return int.from_bytes(bits.tobytes(), "big")
 
 
 def perceptual_hash(
@@ -140,15 +202,22 @@ def perceptual_hash(
 ) -> int:
     """Hash what an image looks like (dHash): is each cell of an 8x9 grid brighter than its left?
 
-    64 bits; nearly equal images differ in few. A JPEG is decoded at reduced size, but all of
-    it is read: an image that has a hash decodes. Raises SampleError as `decode_rgb` does.
+    64 bits; nearly equal images differ in few. An image that has a hash decodes. Raises
+    SampleError as `decode_rgb` does.
     """
     header = guard_header(data, max_pixels=max_pixels, max_bytes=max_bytes)
-    grey = _decode_grey(data, header)
-    grid = grey.resize((_HASH_COLUMNS, _HASH_ROWS), Image.Resampling.BOX)
-    cells = np.asarray(grid, dtype=np.int16)
-    bits = np.packbits(cells[:, 1:] > cells[:, :-1])
-    return int.from_bytes(bits.tobytes(), "big")
+    return hash_grey(decode_grey(data, header))
+
+
+def is_animated(data: bytes, header: ImageHeader) -> bool:
+    """Whether there are several frames or pages, of which `decode_pixels` takes the first.
+
+    Raises SampleError if what says so is broken.
+    """
+    if header.format not in _MANY_FRAMES:
+        return False
+    with _open(data, header.format) as image:
+        return bool(getattr(image, "is_animated", False))
 
 
 def exif_orientation(data: bytes) -> int:
@@ -158,7 +227,7 @@ def exif_orientation(data: bytes) -> int:
     that is 1. Raises SampleError if the bytes are no image of a known format.
     """
     image_format = _sniff(data)
-    if image_format == "TIFF":
+    if image_format == "TIFF" or (image_format == "JPEG" and not _has_app1(data)):
         return 1
     try:
         with Image.open(io.BytesIO(data), formats=[image_format]) as image:
@@ -179,39 +248,40 @@ def _sniff(data: bytes) -> str:
     raise SampleError(NOT_AN_IMAGE, f"starts with {head!r}")
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_header(data: bytes) -> ImageHeader:
     try:
-        height_px, width_px, _, _ = simplejpeg.decode_jpeg_header(data)
+        height_px, width_px, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # also for samplings that only Pillow takes
         if _ends_in_jpeg_header(data):
             raise SampleError(TRUNCATED, f"{len(data)} bytes end inside the JPEG header") from None
-        return _size(data, "JPEG")
-    return width_px, height_px
+        return _header(data, "JPEG")
+    return ImageHeader(width_px, height_px, "JPEG", colors in _SIMPLE_COLORS)
+
+
+def _header(data: bytes, image_format: str) -> ImageHeader:
+    with _open(data, image_format) as image:
+        return ImageHeader(image.width, image.height, image_format)
+
+
+def _jpeg_markers(data: bytes) -> Iterator[int | None]:
+    """The markers of a JPEG before its first scan; None in place of what is no marker."""
+    position = 2
+    while position + 4 <= len(data):
+        marker = data[position + 1] if data[position] == 0xFF else None
+        yield marker
+        if marker is None or marker == _START_OF_SCAN:
+            return
+        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
 
 
 def _ends_in_jpeg_header(data: bytes) -> bool:
-    """Whether the bytes end before the first scan, walking from marker to marker."""
-    position = 2
-    while position + 4 <= len(data):
-        if data[position] != 0xFF or data[position + 1] == _START_OF_SCAN:
-            return False
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return True
+    """Whether the bytes end before the first scan."""
+    return not any(marker in (None, _START_OF_SCAN) for marker in _jpeg_markers(data))
 
 
-def _size(data: bytes, image_format: str) -> tuple[int, int]:
-    with _open(data, image_format) as image:
-        return image.width, image.height
-
-
-def _suits_simplejpeg(data: bytes, header: ImageHeader) -> bool:
-    """Whether it is a JPEG without CMYK, whose two conventions only Pillow tells apart."""
-    if header.format != "JPEG":
-        return False
-    try:
-        return simplejpeg.decode_jpeg_header(data)[2] in _SIMPLE_COLORS
-    except ValueError:
-        return False
+def _has_app1(data: bytes) -> bool:
+    """Whether a JPEG may have EXIF or XMP; told without Pillow, which takes ten times as long."""
+    return any(marker in (None, _APP1) for marker in _jpeg_markers(data))
 
 
 def _decode_refused_jpeg(data: bytes, header: ImageHeader, error: ValueError) -> NDArray[np.uint8]:
@@ -231,18 +301,6 @@ def _decode_with_pillow(data: bytes, header: ImageHeader) -> NDArray[np.uint8]:
     if pixels.shape != (header.height_px, header.width_px, 3):
         raise SampleError(UNDECODABLE, f"decodes to {pixels.shape}, the header says {header}")
     return pixels
-
-
-def _decode_grey(data: bytes, header: ImageHeader) -> Image.Image:
-    if _suits_simplejpeg(data, header):
-        try:  # eight cells of the grid each way: enough for the hash, and less to compute
-            grey = simplejpeg.decode_jpeg(
-                data, "GRAY", min_height=8 * _HASH_ROWS, min_width=8 * _HASH_COLUMNS
-            )
-            return Image.fromarray(grey[:, :, 0])
-        except ValueError as error:
-            _refuse_truncated_jpeg(error)
-    return Image.fromarray(_decode_with_pillow(data, header)).convert("L")
 
 
 @contextmanager

@@ -51,6 +51,7 @@ _FORMAT_KEY = b"cropstream.snapshot"
 _PARENT_KEY = b"cropstream.parent"
 _PLANS_KEY = b"cropstream.plans"
 _ATTEMPT_KEY = b"cropstream.attempt"
+_NOTE_KEY = b"cropstream.note"
 
 
 def new_attempt() -> str:
@@ -121,7 +122,7 @@ class Snapshot:
 
     Attributes:
         version: 1, 2, … plans: the plans whose shards it holds. parent: the version it was made
-        from, 0 for none. attempt: who committed it. table: the whole table; the columns below are
+        from, 0 for none. attempt: who committed it. note: how it came about, a line for people. table: the whole table; the columns below are
         views of it. first_row: int64 [num_shards + 1], the number of each shard's first kept row,
         then the total.
     """
@@ -132,6 +133,7 @@ class Snapshot:
         self.parent = int(metadata.get(_PARENT_KEY, b"0"))
         self.plans: tuple[str, ...] = tuple(json.loads(metadata.get(_PLANS_KEY, b"[]")))
         self.attempt = metadata.get(_ATTEMPT_KEY, b"").decode()
+        self.note = metadata.get(_NOTE_KEY, b"").decode()
         self.table = table = table.combine_chunks()
         self.tar = Column(table["tar"])
         self.index = Column(table["index"])
@@ -195,7 +197,13 @@ def read_snapshot(store: Store, version: int | None = None) -> Snapshot:
 
 
 def commit_snapshot(
-    store: Store, table: pa.Table, *, version: int, attempt: str, plans: Sequence[str] = ()
+    store: Store,
+    table: pa.Table,
+    *,
+    version: int,
+    attempt: str,
+    plans: Sequence[str] = (),
+    note: str = "",
 ) -> Snapshot:
     """Commit a table of SNAPSHOT_SCHEMA as a version and return the snapshot that is there now.
 
@@ -207,6 +215,7 @@ def commit_snapshot(
         _PARENT_KEY: str(version - 1).encode(),
         _PLANS_KEY: json.dumps(list(plans)).encode(),
         _ATTEMPT_KEY: attempt.encode(),
+        _NOTE_KEY: note.encode(),
     }
     output = io.BytesIO()
     table = table.cast(SNAPSHOT_SCHEMA).replace_schema_metadata(metadata)

@@ -8,13 +8,18 @@ sample's bytes lie and what they must hash to.
 Three checksums: CRC32C of a sample, checked whenever it is read; SHA-256 of a sample, its identity;
 and the shard's hash, SHA-256 over (member header ‖ sample SHA-256) of all members, so that it
 covers every byte although the pixels are hashed once.
+
+A shard that was adopted is a tar that somebody else wrote and that stays as it is: only its index
+is ours. What its index and its hash vouch for are the samples and the 512 bytes before each (the
+member's header), folded by the same rule; what lies between them (other members, extended headers,
+the end) is nobody's business.
 """
 
 import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import google_crc32c
 import numpy as np
@@ -63,6 +68,13 @@ class Input(Protocol):
     """Where a shard comes from: an ObjectReader, or a file."""
 
     def read(self, length_bytes: int, /) -> bytes: ...
+
+
+@runtime_checkable
+class SkippingInput(Input, Protocol):
+    """An input that passes over bytes for less than reading them."""
+
+    def skip(self, length_bytes: int, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +133,8 @@ class ShardWriter:
         self.size_bytes = 0
         self.num_samples = 0
 
-    def add(self, key: str, extension: str, data: bytes) -> Entry:
-        """Append one sample.
+    def add(self, key: str, extension: str, data: bytes, sha256: bytes | None = None) -> Entry:
+        """Append one sample, whose SHA-256 is computed unless it is known.
 
         Raises ValueError on a key that is empty or has a dot or slash, or a name over 100 bytes.
         """
@@ -133,7 +145,7 @@ class ShardWriter:
             offset=self.size_bytes + BLOCK_BYTES,
             length=len(data),
             crc32c=crc32c(data),
-            sha256=hashlib.sha256(data).digest(),
+            sha256=sha256 or hashlib.sha256(data).digest(),
         )
         self._write(b"".join((header, data, bytes(-len(data) % BLOCK_BYTES))))
         self._hash.add(header, entry.sha256)
@@ -158,6 +170,11 @@ def crc32c(data: bytes) -> int:
 def sample_key(plan: str, row: int) -> str:
     """The key of a plan's input row: 8 letters of the plan's hash, 12 digits; so of fixed width."""
     return f"{plan[:8]}{row:012d}"
+
+
+def row_of_key(key: str) -> int:
+    """The row of a plan that `sample_key` made this key of."""
+    return int(key[8:])
 
 
 def member_header(name: str, size_bytes: int) -> bytes:
@@ -288,10 +305,32 @@ def read_samples(
         raise ShardError(
             f"{where}: ends without the last {len(missing)} samples, from {missing[0]} on"
         )
-    if folded.digest() != shard_hash:
-        raise ShardError(
-            f"{where}: the shard's hash is {folded.digest().hex()}, recorded was {shard_hash.hex()}"
-        )
+    _check_hash(folded, where, shard_hash)
+
+
+def read_adopted_samples(
+    stream: SkippingInput, index: pa.Table, *, where: str, shard_hash: bytes
+) -> Iterator[Sample]:
+    """Every sample of an adopted shard, found by its index and checked as `read_samples` does.
+
+    Raises ShardError on the first difference; bytes that belong to no sample are not looked at.
+    """
+    folded = ShardHash()
+    position = 0
+    for key, entry in _entries(index.filter(pc.equal(index["status"], "ok"))):
+        begin = entry.offset - BLOCK_BYTES
+        if begin < position:
+            raise ShardError(
+                f"{where}: sample {key} at byte {entry.offset} overlaps the one before"
+            )
+        stream.skip(begin - position)
+        header = _read_exactly(stream, BLOCK_BYTES, where, begin)
+        data = _read_exactly(stream, entry.length, where, entry.offset)
+        _check_body(data, key, entry, where)
+        folded.add(header, entry.sha256)
+        position = entry.offset + entry.length
+        yield Sample(key, data)
+    _check_hash(folded, where, shard_hash)
 
 
 def _entries(rows: pa.Table) -> Iterator[tuple[str, Entry]]:
@@ -302,18 +341,30 @@ def _entries(rows: pa.Table) -> Iterator[tuple[str, Entry]]:
 
 def _check_member(member: Member, key: str, entry: Entry, where: str) -> None:
     """Compare a member with its index row."""
-    place = f"{where}: sample {key} at byte {entry.offset}"
     seen_key = member.name.partition(".")[0]
     if (seen_key, member.offset, len(member.data)) != (key, entry.offset, entry.length):
         raise ShardError(
-            f"{place} should have {entry.length} bytes; found {member.name!r} "
-            f"with {len(member.data)} bytes at byte {member.offset}"
+            f"{where}: sample {key} at byte {entry.offset} should have {entry.length} bytes; found "
+            f"{member.name!r} with {len(member.data)} bytes at byte {member.offset}"
         )
-    if (crc := crc32c(member.data)) != entry.crc32c:
+    _check_body(member.data, key, entry, where)
+
+
+def _check_body(data: bytes, key: str, entry: Entry, where: str) -> None:
+    """Compare a sample's bytes with its index row."""
+    place = f"{where}: sample {key} at byte {entry.offset}"
+    if (crc := crc32c(data)) != entry.crc32c:
         raise ShardError(f"{place}: CRC32C is {crc:#010x}, recorded was {entry.crc32c:#010x}")
-    digest = hashlib.sha256(member.data).digest()
+    digest = hashlib.sha256(data).digest()
     if digest != entry.sha256:
         raise ShardError(f"{place}: SHA-256 is {digest.hex()}, recorded was {entry.sha256.hex()}")
+
+
+def _check_hash(folded: ShardHash, where: str, shard_hash: bytes) -> None:
+    if folded.digest() != shard_hash:
+        raise ShardError(
+            f"{where}: the shard's hash is {folded.digest().hex()}, recorded was {shard_hash.hex()}"
+        )
 
 
 def _read_exactly(stream: Input, length_bytes: int, where: str, offset: int) -> bytes:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import fsspec
 import obstore
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PART_BYTES = 8 * 2**20  # S3 takes at most 10,000 parts: objects up to 80 GB
 PARTS_IN_FLIGHT = 4
 SHORT_BODY_ATTEMPTS = 3
+_JUMP_BYTES = 64 * 2**10  # fetched first behind bytes that were passed over
 
 # Finite, so that a wrong endpoint ends in a message within seconds and a stalled read is tried
 # again.
@@ -76,6 +77,20 @@ class ObjectInfo:
     size_bytes: int
     tag: str | None
     modified: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UnfinishedWrite:
+    """What a writer that died has left: a multipart upload, or the file it was writing to.
+
+    No reader ever sees it, but it takes space. `begun` is when the upload began, or when the file
+    was written to last.
+    """
+
+    key: str  # of the object that it would have become
+    name: str  # the upload's id, or the file's path
+    size_bytes: int | None  # S3 does not say
+    begun: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +206,61 @@ class Store:
         with contextlib.suppress(ObjectMissingError), self._translated("delete", key):
             obstore.delete(self._backend, self._path(key))
 
+    def unfinished(self) -> Iterator[UnfinishedWrite]:
+        """What writers have left below the prefix, or are just writing; streamed, in any order."""
+        with _source_errors("list", self.url):
+            if isinstance(self._backend, S3Store):
+                yield from self._multipart_uploads()
+            else:
+                yield from self._staging_files(Path(f"/{self._prefix}"))
+
+    def abort(self, write: UnfinishedWrite) -> None:
+        """Remove what a writer left; it is no error if it is gone or finished by now."""
+        if not isinstance(self._backend, S3Store):
+            with _source_errors("delete", write.name):
+                Path(write.name).unlink(missing_ok=True)
+            return
+        bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
+        key = f"{prefix}/{write.key}" if prefix else write.key
+        with (
+            contextlib.suppress(ObjectMissingError),
+            _source_errors("abort the upload of", self.url_of(write.key)),
+        ):
+            _open_s3fs(_aws_environment()).call_s3(
+                "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=write.name
+            )
+
+    def _multipart_uploads(self) -> Iterator[UnfinishedWrite]:
+        bucket = self.url.removeprefix("s3://").partition("/")[0]
+        filesystem = _open_s3fs(_aws_environment())
+        marker: dict[str, str] = {}
+        while True:
+            page = filesystem.call_s3(
+                "list_multipart_uploads", Bucket=bucket, Prefix=self._prefix, **marker
+            )
+            for upload in page.get("Uploads", ()):
+                key = upload["Key"].removeprefix(self._prefix)
+                yield UnfinishedWrite(key, upload["UploadId"], None, upload["Initiated"])
+            if not page.get("IsTruncated"):
+                return
+            marker = {
+                "KeyMarker": page["NextKeyMarker"],
+                "UploadIdMarker": page["NextUploadIdMarker"],
+            }
+
+    def _staging_files(self, root: Path) -> Iterator[UnfinishedWrite]:
+        """obstore writes to "<name>#<number>", which it never lists, and renames that."""
+        for folder, _, names in os.walk(root):
+            for name in names:
+                path = Path(folder, name)
+                if not re.search(r"#\d+$", name):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                    stat = path.stat()
+                    key = path.relative_to(root).as_posix().rpartition("#")[0]
+                    begun = datetime.fromtimestamp(stat.st_mtime, UTC)
+                    yield UnfinishedWrite(key, str(path), stat.st_size, begun)
+
     def _path(self, key: str) -> str:
         return self._prefix + key
 
@@ -287,11 +357,16 @@ class ObjectWriter:
 
 
 class ObjectReader:
-    """Reads an object from start to end by ranged GETs of `PART_BYTES`. See `Store.reader`."""
+    """Reads an object from start to end by ranged GETs of `PART_BYTES`. See `Store.reader`.
+
+    What is skipped is not fetched, beyond what was fetched already; behind a long skip the GETs
+    begin small and grow, so that a walk from header to header of large members stays cheap.
+    """
 
     def __init__(self, store: Store, key: str, size_bytes: int, tag: str | None) -> None:
         self._store, self._key, self._size_bytes, self._tag = store, key, size_bytes, tag
         self._position = 0  # of the next range
+        self._ahead_bytes = PART_BYTES
         self._rest = memoryview(b"")
 
     def read(self, length_bytes: int) -> bytes:
@@ -304,15 +379,47 @@ class ObjectReader:
             missing -= len(pieces[-1])
         return b"".join(pieces)
 
+    def skip(self, length_bytes: int) -> None:
+        """Pass over the next bytes, or over all that are left."""
+        beyond = length_bytes - len(self._rest)
+        self._rest = self._rest[length_bytes:]
+        if beyond > 0:
+            self._position = min(self._position + beyond, self._size_bytes)
+        if beyond > PART_BYTES:
+            self._ahead_bytes = _JUMP_BYTES
+
     def _take(self, length_bytes: int) -> memoryview:
         taken, self._rest = self._rest[:length_bytes], self._rest[length_bytes:]
         return taken
 
     def _fetch(self) -> None:
-        length = min(PART_BYTES, self._size_bytes - self._position)
+        length = min(self._ahead_bytes, self._size_bytes - self._position)
+        self._ahead_bytes = min(2 * self._ahead_bytes, PART_BYTES)
         body = self._store.get_range(self._key, self._position, length, tag=self._tag)
         self._rest = memoryview(body)
         self._position += length
+
+
+class FileReader:
+    """Reads a file of any fsspec URL from start to end. See `open_stream`."""
+
+    def __init__(self, file: BinaryIO, url: str) -> None:
+        self._file, self._url = file, url
+
+    def read(self, length_bytes: int) -> bytes:
+        """The next bytes, fewer only at the end. Raises StoreError."""
+        with _source_errors("read", self._url):
+            pieces = [self._file.read(length_bytes)]
+            missing = length_bytes - len(pieces[0])
+            while missing and pieces[-1]:
+                pieces.append(self._file.read(missing))
+                missing -= len(pieces[-1])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def skip(self, length_bytes: int) -> None:
+        """Pass over the next bytes."""
+        with _source_errors("read", self._url):
+            self._file.seek(length_bytes, os.SEEK_CUR)
 
 
 def open_store(url: str | os.PathLike[str]) -> Store:
@@ -376,11 +483,59 @@ def list_files(url: str) -> Iterator[SourceFile]:
             yield from _walk(filesystem, root)
 
 
+def find_file(url: str) -> SourceFile | None:
+    """The file that a URL of any fsspec kind names; None if it names a folder, or nothing."""
+    with _source_errors("look at", url):
+        if (path := _local_path(url)) is not None:
+            if not path.is_file():
+                return None
+            stat = path.stat()
+            return SourceFile(f"file://{path}", path.name, stat.st_size, str(stat.st_mtime_ns))
+        filesystem, root = _open_source(url)
+        try:
+            info = filesystem.info(root)
+        except FileNotFoundError:
+            return None
+        return _described(filesystem, info, root.rpartition("/")[2])
+
+
+def open_file(url: str) -> BinaryIO:
+    """One file under any fsspec URL, seekable, read as it is needed. Close it.
+
+    Raises StoreError and its kinds; what fails while it is read comes as the client's own OSError.
+    """
+    with _source_errors("read", url):
+        if (path := _local_path(url)) is not None:
+            return path.open("rb")
+        filesystem, root = _open_source(url)
+        file: BinaryIO = filesystem.open(root, "rb")
+        return file
+
+
+@contextlib.contextmanager
+def open_stream(
+    url: str, size_bytes: int, *, tag: str | None = None
+) -> Iterator[ObjectReader | FileReader]:
+    """A context with a forward reader of one file under any fsspec URL.
+
+    `size_bytes` and `tag` are what SourceFile says of it. On S3 every read is refused with
+    ObjectChangedError once the object is another one; elsewhere a change may go unseen, so look at
+    `find_file` again behind the last read.
+    """
+    if (path := _local_path(url)) is not None:
+        yield open_store(path.parent).reader(path.name, size_bytes)
+    elif url.startswith("s3://") and _suits_obstore(url):
+        folder, _, name = url.rpartition("/")
+        yield open_store(folder).reader(name, size_bytes, tag=tag)
+    else:
+        with open_file(url) as file:
+            yield FileReader(file, url)
+
+
 def read_file(url: str) -> bytes:
     """The bytes of one file under any fsspec URL. Raises StoreError and its kinds."""
-    scheme, _, path = url.partition("://")
-    # obstore takes a tenth of s3fs's time for a small file, but no key with empty or dotted parts.
-    if scheme == "s3" and {"", ".", ".."}.isdisjoint(path.split("/")):
+    # obstore takes a tenth of s3fs's time for a small file.
+    if url.startswith("s3://") and _suits_obstore(url):
         folder, _, name = url.rpartition("/")
         return open_store(folder).get(name)
     with _source_errors("read", url):
@@ -517,6 +672,11 @@ def _open_s3fs(environment: tuple[tuple[str, str], ...]) -> Any:
     )
 
 
+def _suits_obstore(url: str) -> bool:
+    """Whether obstore can read it: it takes no key with empty or dotted parts."""
+    return {"", ".", ".."}.isdisjoint(url.partition("://")[2].split("/"))
+
+
 def _protocols(filesystem: Any) -> Sequence[str]:
     protocol = filesystem.protocol
     return (protocol,) if isinstance(protocol, str) else protocol
@@ -560,10 +720,18 @@ def _list_directory(
 def _walk(filesystem: Any, root: str) -> Iterator[SourceFile]:
     for _, _, files in filesystem.walk(root, detail=True, on_error="raise"):
         for info in files.values():
-            path = str(info["name"])
-            tag = str(info.get("ETag") or info.get("mtime") or info.get("created") or "")
-            relative = path.removeprefix(root).lstrip("/")
-            yield SourceFile(filesystem.unstrip_protocol(path), relative, info["size"] or 0, tag)
+            path = str(info["name"]).removeprefix(root).lstrip("/")
+            if (file := _described(filesystem, info, path)) is not None:
+                yield file
+
+
+def _described(filesystem: Any, info: Mapping[str, Any], path: str) -> SourceFile | None:
+    """What fsspec says of a file, which lies at `path` in its source; None for a folder."""
+    if info["type"] == "directory":
+        return None
+    tag = str(info.get("ETag") or info.get("mtime") or info.get("created") or "")
+    url = filesystem.unstrip_protocol(str(info["name"]))
+    return SourceFile(url, path, info["size"] or 0, tag)
 
 
 # ----------------------------------------------------------------------------------------

@@ -3,203 +3,75 @@
 import argparse
 import dataclasses
 import json
-import os
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
 
 from pipeline.errors import UsageError, run_command
 from pipeline.manifest import Snapshot, latest_version, read_snapshot
 from pipeline.store import Store, open_store
-from shard_tools import commits, stats, verify
-from shard_tools.pack import PackReport, pack
+from shard_tools import commits, gallery, gc, mask, retry, show, stats, verify
+from shard_tools.arguments import build_parser, given_settings, pack_options, pack_settings
+from shard_tools.pack import PackOptions, PackReport, pack
 from shard_tools.plan import PackSettings, Plan, list_plans, make_plan, read_plan
 from shard_tools.progress import Progress
-
-_DESCRIPTION = """\
-Pack images into WebDataset tar shards on a store (s3://bucket/prefix, file:///directory or a path).
-
-  python -m shard_tools pack photos/ s3://bucket/photos     plan, pack and seal in one go
-  python -m shard_tools verify s3://bucket/photos           read everything back
-  python -m shard_tools stats s3://bucket/photos            what is in it
-
-Killed or interrupted, pack goes on where it stopped when it is run again. Several machines may pack
-one data set: `plan` once, `pack DST` on each, `seal` at the end. Credentials and endpoint come from
-the AWS environment or files: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE,
-AWS_ENDPOINT_URL, AWS_REGION, ~/.aws.
-"""
-_EXIT_CODES = "exit codes: 0 done, 1 failed (the message says what to do), 2 bad usage"
-_SOURCE = "folder or prefix of images, any URL that fsspec opens; first sub-folder = label"
-_DATASET = "the data set: s3://bucket/prefix, file:///directory or a path"
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_NAMED_LABELS = 20
+from shard_tools.selection import Selection
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run one command. Raises CropstreamError if it fails."""
-    arguments = _parser().parse_args(argv)
-    arguments.run(arguments)
+    arguments = build_parser().parse_args(argv)
+    _COMMANDS[arguments.command](arguments)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m shard_tools",
-        description=_DESCRIPTION,
-        epilog=_EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_plan(commands)
-    _add_pack(commands)
-    _add_seal(commands)
-    _add_verify(commands)
-    _add_stats(commands)
-    return parser
-
-
-_Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-def _add_plan(commands: _Commands) -> None:
-    parser = _add(commands, "plan", "list a source, freeze what goes into which shard", _plan)
-    parser.add_argument("source", metavar="SRC", help=_SOURCE)
-    parser.add_argument("dataset", metavar="DST", help=_DATASET)
-    _add_settings(parser)
-
-
-def _add_pack(commands: _Commands) -> None:
-    parser = _add(commands, "pack", "pack a source, or what is left of a plan, into shards", _pack)
-    parser.description = (
-        "With SRC: plan, pack and seal. Without: pack what is left of the plan that DST holds, and "
-        "leave it to `seal` to make the shards visible. Both may be run again at any time; what is "
-        "packed is not packed again."
-    )
-    parser.add_argument("source", metavar="SRC", nargs="?", help=_SOURCE)
-    parser.add_argument("dataset", metavar="DST", help=_DATASET)
-    _add_plan_name(parser)
-    _add_workers(parser)
-    parser.add_argument(
-        "--seal",
-        action=argparse.BooleanOptionalAction,
-        help="make the shards visible at the end (default: only with SRC)",
-    )
-    _add_settings(parser)
-    _add_json(parser)
-
-
-def _add_seal(commands: _Commands) -> None:
-    parser = _add(
-        commands, "seal", "make a completely packed plan visible as a new snapshot", _seal
-    )
-    parser.add_argument("dataset", metavar="DST", help=_DATASET)
-    _add_plan_name(parser)
-
-
-def _add_verify(commands: _Commands) -> None:
-    parser = _add(commands, "verify", "read a data set back and check every byte", _verify)
-    parser.add_argument("dataset", metavar="DST", help=_DATASET)
-    parser.add_argument("--quick", action="store_true", help="only manifests, sizes and tags")
-    _add_version(parser)
-    _add_workers(parser)
-    _add_json(parser)
-
-
-def _add_stats(commands: _Commands) -> None:
-    parser = _add(commands, "stats", "count images, formats, sizes, labels and rejects", _stats)
-    parser.add_argument("dataset", metavar="DST", help=_DATASET)
-    _add_version(parser)
-    _add_json(parser)
-
-
-def _add(
-    commands: _Commands, name: str, text: str, run: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}.", epilog=_EXIT_CODES
-    )
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what a shard holds (part of the plan)")
-    group.add_argument(
-        "--shard-bytes",
-        type=_bytes,
-        metavar="SIZE",
-        help="input bytes of a shard, such as 64MB or 1GiB (default: 256MB)",
-    )
-    group.add_argument(
-        "--shard-rows",
-        type=_positive,
-        metavar="N",
-        help=f"files of a shard at most (default: {PackSettings.shard_rows})",
-    )
-    group.add_argument(
-        "--max-image-bytes",
-        type=_bytes,
-        dest="max_bytes",
-        metavar="SIZE",
-        help="reject larger files unread (default: 64MiB)",
-    )
-    group.add_argument(
-        "--max-image-pixels",
-        type=_bytes,
-        dest="max_pixels",
-        metavar="N",
-        help="reject images of more pixels undecoded (default: 64Mi)",
-    )
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--workers",
-        type=_positive,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes (default: one a CPU, here %(default)s)",
-    )
-
-
-def _add_plan_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--plan", metavar="PLAN", help="which plan, if several wait")
-
-
-def _add_version(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--version", type=_positive, metavar="V", help="of the snapshot (default: the newest)"
-    )
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+# ----------------------------------------------------------------------------------------
+# what makes shards
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    plan = make_plan(arguments.source, open_store(arguments.dataset), _settings(arguments))
+    plan = _new_plan(arguments, open_store(arguments.dataset))
     print(
-        f"plan {plan.name}: {plan.num_files} files, {_size(plan.total_bytes)}, "
-        f"{_shards(plan.num_units)}"
+        f"plan {plan.name}: {show.plural(plan.num_inputs, _noun(plan))}, "
+        f"{show.size(plan.total_bytes)}, {show.plural(plan.num_units, 'shard')}"
     )
-    print(f"next: python -m shard_tools pack {arguments.dataset} --plan {plan.name}")
+    filtered = f" --filter {arguments.filter}" if arguments.filter else ""
+    print(f"next: python -m shard_tools pack {arguments.dataset} --plan {plan.name}{filtered}")
 
 
 def _pack(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
+    options = pack_options(arguments)
     plan = _plan_to_pack(arguments, dataset)
-    with Progress("packing", plan.num_files) as progress:
-        report = pack(
-            dataset,
-            plan,
-            workers=arguments.workers,
-            on_tick=progress.show,
-            on_resume=progress.resume,
-        )
     wants_seal = arguments.seal if arguments.seal is not None else arguments.source is not None
-    snapshot = commits.seal(dataset, plan)[0] if wants_seal else None
+    _pack_plan(arguments, dataset, plan, options, seal=wants_seal)
+
+
+def _adopt(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    options = pack_options(arguments)
+    plan = make_plan(
+        arguments.source,
+        dataset,
+        pack_settings(arguments),
+        kind="adopt",
+        replace=arguments.new_plan,
+    )
+    _pack_plan(arguments, dataset, plan, options, seal=True)
+
+
+def _retry(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    options = pack_options(arguments)
+    for plan in retry.plan_retry(dataset, read_snapshot(dataset), arguments.reason):
+        _pack_plan(arguments, dataset, plan, options, seal=True)
+
+
+def _pack_plan(
+    arguments: argparse.Namespace, dataset: Store, plan: Plan, options: PackOptions, *, seal: bool
+) -> None:
+    with Progress("packing", plan.num_images) as progress:
+        report = pack(dataset, plan, options, on_tick=progress.show, on_resume=progress.resume)
+    snapshot = commits.seal(dataset, plan)[0] if seal else None
     if arguments.json:
         print(json.dumps(_report_json(report, snapshot)))
     else:
@@ -208,15 +80,25 @@ def _pack(arguments: argparse.Namespace) -> None:
 
 def _plan_to_pack(arguments: argparse.Namespace, dataset: Store) -> Plan:
     if arguments.source is None:
-        if _given_settings(arguments):
+        if given := given_settings(arguments):
             raise UsageError(
                 "what a shard holds is part of the plan, which exists: give SRC, or leave out "
-                "--shard-bytes, --shard-rows, --max-image-bytes and --max-image-pixels"
+                f"{', '.join(given)}"
             )
         return _waiting_plan(dataset, arguments.plan)
     if arguments.plan is not None:
         raise UsageError("--plan names a plan that exists: leave out SRC")
-    return make_plan(arguments.source, dataset, _settings(arguments))
+    return _new_plan(arguments, dataset)
+
+
+def _new_plan(arguments: argparse.Namespace, dataset: Store) -> Plan:
+    return make_plan(
+        arguments.source,
+        dataset,
+        pack_settings(arguments),
+        kind=arguments.kind,
+        replace=arguments.new_plan,
+    )
 
 
 def _waiting_plan(dataset: Store, name: str | None) -> Plan:
@@ -246,6 +128,82 @@ def _seal(arguments: argparse.Namespace) -> None:
     _print_snapshot(snapshot)
 
 
+def _noun(plan: Plan) -> str:
+    return {"files": "file", "urls": "URL", "tars": "piece", "adopt": "tar"}[plan.kind]
+
+
+def _report_json(report: PackReport, snapshot: Snapshot | None) -> dict[str, object]:
+    return {
+        **dataclasses.asdict(report),
+        "images_per_s": report.images_per_s,
+        "snapshot": snapshot.version if snapshot else None,
+        "snapshot_images": snapshot.num_kept if snapshot else None,
+    }
+
+
+def _print_report(report: PackReport, snapshot: Snapshot | None, dataset: str) -> None:
+    rate = f"{report.images_per_s:.0f} images/s"
+    print(f"packed      {report.packed} images, {show.size(report.packed_bytes)} ({rate})")
+    reasons = f": {show.listed(report.rejected)}" if report.rejected else ""
+    print(f"rejected    {sum(report.rejected.values())}{reasons}")
+    if report.units_before or report.units_elsewhere:
+        print(
+            f"skipped     {report.units_before} of {show.plural(report.units, 'shard')} packed "
+            f"before, {report.units_elsewhere} by others meanwhile"
+        )
+    if snapshot is not None:
+        _print_snapshot(snapshot)
+    else:
+        print(f"next        python -m shard_tools seal {dataset} --plan {report.plan}")
+
+
+def _print_snapshot(snapshot: Snapshot) -> None:
+    print(
+        f"snapshot    version {snapshot.version}: {snapshot.num_kept} images "
+        f"in {show.plural(len(snapshot), 'shard')}"
+    )
+
+
+# ----------------------------------------------------------------------------------------
+# what looks after them
+
+
+def _mask(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    if arguments.restore is not None:
+        _print_snapshot(mask.restore(dataset, arguments.restore, force=arguments.force))
+        return
+    selection = Selection(
+        keys=tuple(arguments.keys),
+        hashes=tuple(arguments.hashes),
+        urls=tuple(arguments.urls),
+        patterns=tuple(arguments.patterns),
+        where=arguments.where,
+        mode="keep" if arguments.keep else "drop",
+    )
+    snapshot = read_snapshot(dataset)
+    with Progress("reading indexes", int(snapshot.rows.sum())) as progress:
+        report = mask.mask(dataset, selection, on_tick=progress.show)
+    _print_mask(arguments, report)
+
+
+def _print_mask(arguments: argparse.Namespace, report: mask.MaskReport) -> None:
+    if arguments.json:
+        numbers = {
+            name: getattr(report, name)
+            for name in ("dropped", "kept_before", "kept_after", "shards_changed", "listed",
+                         "found")
+        }  # fmt: skip
+        print(json.dumps({**numbers, "snapshot": report.snapshot.version, "new": report.is_new}))
+        return
+    print(f"dropped     {report.dropped} of {show.plural(report.kept_before, 'image')}")
+    if report.listed:
+        print(f"found       {report.found} of {report.listed} on the lists")
+    if not report.is_new:
+        print("nothing would change, so no version was made")
+    _print_snapshot(report.snapshot)
+
+
 def _verify(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
     snapshot = read_snapshot(dataset, arguments.version)
@@ -260,8 +218,11 @@ def _verify(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(dataclasses.asdict(report)))
         return
-    depth = "sizes only" if report.quick else f"{_size(report.read_bytes)} read back"
-    print(f"sound       {report.samples} images in {_shards(report.shards)}, {depth}")
+    depth = "sizes only" if report.quick else f"{show.size(report.read_bytes)} read back"
+    shards = show.plural(report.shards, "shard")
+    print(f"sound       {report.samples} images in {shards}, {depth}")
+    if not report.quick:
+        print(f"decoded     {report.decoded} of them, some of every shard")
     if report.read_by_webdataset is not None:
         print(f"webdataset  reads {report.read_by_webdataset} samples of its share the same")
     _print_snapshot(snapshot)
@@ -269,102 +230,59 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 def _stats(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
-    found = stats.collect(dataset, read_snapshot(dataset, arguments.version))
-    if arguments.json:
-        print(json.dumps({**dataclasses.asdict(found), "quantile_levels": stats.QUANTILES}))
-    else:
-        _print_stats(found)
+    snapshot = read_snapshot(dataset, arguments.version)
+    with Progress("reading indexes", int(snapshot.rows.sum())) as progress:
+        found = stats.collect(dataset, snapshot, on_tick=progress.show)
+    print(json.dumps(dataclasses.asdict(found)) if arguments.json else stats.table(found))
 
 
-def _settings(arguments: argparse.Namespace) -> PackSettings:
-    return PackSettings(**_given_settings(arguments))
-
-
-def _given_settings(arguments: argparse.Namespace) -> dict[str, int]:
-    names = [field.name for field in dataclasses.fields(PackSettings)]
-    return {n: value for n in names if (value := getattr(arguments, n)) is not None}
-
-
-def _report_json(report: PackReport, snapshot: Snapshot | None) -> dict[str, object]:
-    return {
-        **dataclasses.asdict(report),
-        "images_per_s": report.images_per_s,
-        "snapshot": snapshot.version if snapshot else None,
-        "snapshot_images": snapshot.num_kept if snapshot else None,
-    }
-
-
-def _print_report(report: PackReport, snapshot: Snapshot | None, dataset: str) -> None:
-    rate = f"{report.images_per_s:.0f} images/s"
-    print(f"packed      {report.packed} images, {_size(report.packed_bytes)} ({rate})")
-    print(f"rejected    {sum(report.rejected.values())}{_listed(report.rejected)}")
-    if report.units_before or report.units_elsewhere:
-        print(
-            f"skipped     {report.units_before} of {_shards(report.units)} packed before, "
-            f"{report.units_elsewhere} by others meanwhile"
+def _gallery(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    snapshot = read_snapshot(dataset, arguments.version)
+    with Progress("reading indexes", int(snapshot.rows.sum())) as progress:
+        url = gallery.write_gallery(
+            dataset,
+            snapshot,
+            output=arguments.output,
+            samples=arguments.samples,
+            seed=arguments.seed,
+            on_tick=progress.show,
         )
-    if snapshot is not None:
-        _print_snapshot(snapshot)
-    else:
-        print(f"next        python -m shard_tools seal {dataset} --plan {report.plan}")
+    print(url)
 
 
-def _print_snapshot(snapshot: Snapshot) -> None:
-    print(
-        f"snapshot    version {snapshot.version}: {snapshot.num_kept} images "
-        f"in {_shards(len(snapshot))}"
-    )
-
-
-def _print_stats(found: stats.Stats) -> None:
-    print(f"snapshot    version {found.version}: {_shards(found.shards)}")
-    print(f"images      {found.images}, {_size(found.image_bytes)}")
-    if found.kept != found.images:
-        print(f"masked      {found.images - found.kept}")
-    print(f"rejected    {found.rows - found.images}{_listed(found.rejected)}")
-    print(f"formats     {_listed(found.formats).removeprefix(': ')}")
-    labels = dict(Counter(found.labels).most_common(_NAMED_LABELS))
-    more = ", …" if len(found.labels) > len(labels) else ""
-    print(f"labels      {len(found.labels)}{_listed(labels)}{more}")
-    if not found.quantiles:
+def _gc(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    report = gc.collect_garbage(dataset, grace_s=arguments.grace, delete=arguments.delete)
+    if arguments.json:
+        found = [dataclasses.asdict(orphan) for orphan in report.orphans]
+        print(json.dumps({"deleted": report.deleted, "orphans": found}, default=str))
         return
-    heads = ["min", *(f"{round(100 * q)} %" for q in stats.QUANTILES[1:-1]), "max"]
-    print("".join(["            ", *(f"{head:>10}" for head in heads)]))
-    for name, values in found.quantiles.items():
-        unit = "bytes" if name == "length" else f"{name} px"
-        print("".join([f"{unit:<12}", *(f"{value:>10}" for value in values)]))
+    for orphan in report.orphans:
+        print(
+            f"{show.size(orphan.size_bytes or 0):>10}  {orphan.age_s / 3600:8.0f} h  {orphan.key}"
+        )
+    verb = "removed" if report.deleted else "to remove"
+    print(
+        f"{verb}: {show.plural(report.num_objects, 'object')}, {show.size(report.size_bytes)}, and "
+        f"{show.plural(report.num_unfinished, 'unfinished upload')}"
+    )
+    if report.orphans and not report.deleted:
+        print("nothing was removed: run it again with --delete")
 
 
-def _listed(counts: dict[str, int]) -> str:
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    return ": " + ", ".join(f"{name} {number}" for name, number in ordered) if ordered else ""
-
-
-def _shards(number: int) -> str:
-    return "1 shard" if number == 1 else f"{number} shards"
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size_bytes < 1000:
-            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
-        size_bytes /= 1000
-    return f"{size_bytes:.1f} TB"
-
-
-def _bytes(text: str) -> int:
-    """A number with an optional unit: 4096, 64MB, 1GiB, 64Mi."""
-    match = re.fullmatch(r"(\d+) ?([kmg]i?)?b?", text.lower())
-    if match is None or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 64MB or 1GiB")
-    return int(match[1]) * _UNITS[match[2] or ""]
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
-    return int(text)
-
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "plan": _plan,
+    "pack": _pack,
+    "seal": _seal,
+    "adopt": _adopt,
+    "retry": _retry,
+    "mask": _mask,
+    "verify": _verify,
+    "stats": _stats,
+    "gallery": _gallery,
+    "gc": _gc,
+}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -6,7 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pipeline.errors import CropstreamError, ManifestError, UsageError
 from pipeline.manifest import (
@@ -20,7 +22,9 @@ from pipeline.manifest import (
     read_snapshot,
 )
 from pipeline.store import Store
-from shard_tools.plan import Plan, refuse_twice
+from shard_tools.indexes import Flags, ShardRows
+from shard_tools.mask import remasked
+from shard_tools.plan import Plan, read_unit, refuse_twice
 
 READERS = 16
 SEAL_ATTEMPTS = 10
@@ -44,12 +48,14 @@ class UnitCommit:
     kept: int
     sample_bytes: int
     rejected: dict[str, int] = field(default_factory=dict)  # reason: how many
+    attempt: str = ""  # whose it is
 
 
-def commit_unit(dataset: Store, plan: str, unit: int, done: UnitCommit, *, attempt: str) -> bool:
-    """Commit a packed unit; False if another attempt had committed it before."""
-    winner = commit(dataset, _commit_key(plan, unit), asdict(done), attempt=attempt)
-    return bool(winner["attempt"] == attempt)
+def commit_unit(dataset: Store, plan: str, unit: int, done: UnitCommit) -> UnitCommit:
+    """Commit a packed unit unless another attempt has; the commit that is there now."""
+    key = _commit_key(plan, unit)
+    document = commit(dataset, key, asdict(done), attempt=done.attempt)
+    return _parse(document, dataset.url_of(key))
 
 
 def read_unit_commit(dataset: Store, plan: str, unit: int) -> UnitCommit | None:
@@ -83,10 +89,11 @@ def seal(dataset: Store, plan: Plan) -> tuple[Snapshot, bool]:
         attempt = new_attempt()
         snapshot = commit_snapshot(
             dataset,
-            _appended(parent, _shard_rows(dataset, plan)),
+            pa.concat_tables([*_before(dataset, parent, plan), _shard_rows(dataset, plan)]),
             version=latest + 1,
             attempt=attempt,
             plans=[*(parent.plans if parent else ()), plan.name],
+            note=f"{plan.kind} of {plan.source} packed",
         )
         if snapshot.attempt == attempt:
             return snapshot, True
@@ -95,10 +102,27 @@ def seal(dataset: Store, plan: Plan) -> tuple[Snapshot, bool]:
     )
 
 
-def _appended(parent: Snapshot | None, table: pa.Table) -> pa.Table:
+def _before(dataset: Store, parent: Snapshot | None, plan: Plan) -> list[pa.Table]:
+    """The shards that were there, less the rejects of which the plan was another try."""
     if parent is None:
-        return table
-    return pa.concat_tables([parent.table.replace_schema_metadata(None), table])
+        return []
+    replaced = _replaced_keys(dataset, plan)
+    if not replaced:
+        return [parent.table.replace_schema_metadata(None)]
+    keys = pa.array(replaced)
+
+    def stays(tar: str, rows: ShardRows) -> Flags:
+        is_replaced = pc.is_in(rows.table["key"], value_set=keys).to_numpy()
+        return np.asarray(~(rows.rejected & is_replaced))
+
+    return [remasked(dataset, parent, stays).replace_schema_metadata(None)]
+
+
+def _replaced_keys(dataset: Store, plan: Plan) -> list[str]:
+    if not plan.retries:
+        return []
+    units = (read_unit(dataset, plan.name, unit) for unit in range(plan.num_units))
+    return [planned.replaces for unit in units for planned in unit if planned.replaces]
 
 
 def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
@@ -122,8 +146,8 @@ def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
     if not any(row["kept"] for row in rows):
         reasons = ", ".join(f"{reason} {number}" for reason, number in rejected.most_common())
         raise UsageError(
-            f"nothing to pack: all {plan.num_files} files of {plan.source} are rejected "
-            f"({reasons}); give a folder or prefix that holds images"
+            f"nothing to pack: all {sum(rejected.values())} inputs of {plan.source} are rejected "
+            f"({reasons}); give a source that holds images"
         )
     return pa.Table.from_pylist(rows, SNAPSHOT_SCHEMA)
 

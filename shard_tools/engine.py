@@ -1,179 +1,466 @@
-"""Runs independent tasks in local processes, and survives the death of a worker.
+"""Runs independent tasks in worker processes and survives the death of any of them.
 
-The engine promises only that every task was run to its end at least once; that nothing is done
-twice comes from the tasks themselves, which commit their result first-wins (see pipeline.manifest).
+pack, verify and dedup hand their units to `make_engine(…).run(tasks)`. An engine promises one
+result a task, each from a complete execution; that nothing is done twice comes from the tasks
+themselves, which commit first-wins (see pipeline.manifest).
+
+`Engine` decides what runs next, and is the same everywhere; a `Pool` runs it: processes of this
+machine here, Ray tasks in shard_tools.ray_engine. concurrent.futures would not do: when one worker
+dies its ProcessPoolExecutor fails every task in flight, and nobody learns which of them was deadly.
+Copies of stragglers follow MapReduce's backup tasks (Dean and Ghemawat 2004, section 3.6).
 """
 
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
+import statistics
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from typing import Any, Generic, TypeVar
+import time
+import traceback
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from pipeline.errors import AccessDeniedError, CropstreamError, StoreError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-TASK_ATTEMPTS = 3
-TASKS_AHEAD = 2  # a worker
+EngineKind = Literal["local", "ray"]
+
+TASK_ATTEMPTS = 4  # executions of a task that kills its workers
+STORE_ATTEMPTS = 3  # executions of a task that meets a StoreError
+STRAGGLER_S = 5.0  # a task that ends sooner is never copied
+STRAGGLER_RATIO = 2.0  # … nor one that takes less than this many median durations
 TICK_S = 0.2
+
+_RECENT = 1000  # durations that the median is taken of
+_JOIN_S = 5.0
 
 _SPAWN = multiprocessing.get_context("spawn")  # the store's client does not survive a fork
 
-num_processed: Any = None  # in a worker: shared counter of images, for the progress bar
-num_rejected: Any = None
+# In a worker, its own two fields of the shared counts: one writer, so no lock for the dead to hold.
+_counts: Any = None
+_images_slot = 0
 
 
-def count(*, rejected: bool) -> None:
-    """Count one image for the progress bar; does nothing outside a worker."""
-    if num_processed is None:
-        return
-    with num_processed.get_lock():
-        num_processed.value += 1
-        num_rejected.value += rejected
+def count(*, images: int = 1, rejected: int = 0) -> None:
+    """Count images for the progress bar, `rejected` of them rejected (True counts as 1).
+
+    To be called by one thread of a worker; does nothing anywhere else.
+    """
+    if _counts is not None:
+        _counts[_images_slot] += images
+        _counts[_images_slot + 1] += rejected
 
 
-class LocalEngine(Generic[Task, Result]):
-    """`workers` processes that call `function(task)`.
+def ignore_counts(images: int, rejected: int) -> None:
+    """The default `on_tick`."""
+
+
+class WorkerDiedError(CropstreamError):
+    """A worker process died over a task."""
+
+
+class _WorkerTracebackError(Exception):
+    """Carries a worker's traceback, as text, in the `__cause__` of the error it sent."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an execution ended: with a result, or with an error."""
+
+    result: Any = None
+    error: Exception | None = None
+    traceback: str = ""
+
+
+def attempt(work: bytes) -> bytes:
+    """Execute a pickled (function, task); the pickled Outcome. Runs in a worker."""
+    try:
+        function, task = pickle.loads(work)
+        return pickle.dumps(Outcome(function(task)))
+    except Exception as error:  # noqa: BLE001 - the edge of the process: the parent raises it
+        return pickle.dumps(Outcome(None, _portable(error), traceback.format_exc()))
+
+
+def read_outcome(body: bytes) -> Outcome:
+    """What `attempt` returned, its error with the worker's traceback as its cause."""
+    outcome: Outcome = pickle.loads(body)
+    if outcome.error is not None:
+        outcome.error.__cause__ = _WorkerTracebackError(outcome.traceback)
+    return outcome
+
+
+def _portable(error: Exception) -> Exception:
+    """The error if it survives pickling, else one that says the same."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # noqa: BLE001 - a foreign class's pickling may raise anything
+        return RuntimeError(f"{type(error).__qualname__}: {error}")
+    return error
+
+
+class Pool(Protocol):
+    """Where tasks are executed. What `start` returns stands for the execution."""
+
+    tasks_per_process: int  # started ahead, those that wait for a process included
+
+    def num_processes(self) -> int:
+        """How many tasks can run at this moment."""
+
+    def start(self, task: Any) -> Any: ...
+
+    def wait(self, executions: Collection[Any], timeout_s: float) -> list[tuple[Any, Outcome]]:
+        """Those of the executions that ended, after a while perhaps none."""
+
+    def cancel(self, execution: Any) -> None:
+        """End an execution that nobody needs any more."""
+
+    def totals(self) -> tuple[int, int]:
+        """Images processed and rejected so far."""
+
+    def close(self) -> object:
+        """End at once whatever still runs."""
+
+
+class Engine(ABC, Generic[Task, Result]):
+    """Calls `function(task)` in worker processes.
 
     Args:
-        function: a module-level function; it, the tasks and the results are pickled.
-        workers: how many processes, at least 1.
+        function: a module-level function; it, the tasks and the results are pickled, and small.
+        workers: how many processes, at least 1; None for as many as there are cores.
         on_tick: called several times a second with (images processed, images rejected) so far.
+            Work that was lost or copied may count twice.
+        after_death: what to run instead of a task whose worker died, which is told once a death.
+        progress_of: (images processed, images rejected) of a result, for an engine whose workers
+            cannot `count`.
     """
 
     def __init__(
         self,
         function: Callable[[Task], Result],
         *,
-        workers: int,
-        on_tick: Callable[[int, int], None] = lambda processed, rejected: None,
+        workers: int | None,
+        on_tick: Callable[[int, int], None] = ignore_counts,
+        after_death: Callable[[Task], Task] | None = None,
+        progress_of: Callable[[Result], tuple[int, int]] | None = None,
     ) -> None:
         self._function = function
         self._workers = workers
         self._on_tick = on_tick
-        self._counters: tuple[Any, ...] = ()  # of the present pool
-        self._before = (0, 0)  # what the pools before it counted
-        self._failures: Counter[Task] = Counter()
-        self._waiting: deque[Task] = deque()
-        self._fresh: Iterator[Task] = iter(())
+        self._after_death = after_death
+        self._progress_of = progress_of
+
+    @abstractmethod
+    def _open(self) -> Pool: ...
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
-        """The tasks' results, in the order in which they end; tasks are taken as needed.
+        """The tasks' results, one each, in the order in which they end; tasks are taken as needed.
 
-        A task whose worker died, or that met a StoreError, is run again, three times in all. Raises
-        the task's last exception, or CropstreamError if it keeps killing its workers.
+        A task that met a StoreError other than AccessDeniedError is run 3 times in all, one whose
+        worker died 4 times. When no task is left to start, idle workers run a second copy of those
+        that take long; the first result counts, and the other copy is killed.
+
+        Raises a task's last exception, with the worker's traceback as its cause; WorkerDiedError
+        if a task keeps killing its workers. However it ends, no worker is left.
         """
-        self._fresh = iter(tasks)
-        while self._look_ahead():
-            pool = self._start_pool()
-            try:
-                yield from self._run_on(pool)
-            except BrokenProcessPool:
-                continue
-            finally:
-                _stop(pool)
-
-    def _start_pool(self) -> ProcessPoolExecutor:
-        # A worker killed while it counts holds the lock for ever: every pool has its own counters.
-        self._before = self._totals()
-        self._counters = (_SPAWN.Value("q", 0), _SPAWN.Value("q", 0))
-        return ProcessPoolExecutor(
-            self._workers,
-            mp_context=_SPAWN,
-            initializer=_enter_worker,
-            initargs=self._counters,
-        )
-
-    def _totals(self) -> tuple[int, int]:
-        """Images processed and rejected, read without the lock that a dead worker may hold."""
-        if not self._counters:
-            return self._before
-        processed, rejected = (counter.get_obj().value for counter in self._counters)
-        return self._before[0] + processed, self._before[1] + rejected
-
-    def _run_on(self, pool: ProcessPoolExecutor) -> Iterator[Result]:
-        running: dict[Future[Result], Task] = {}
+        pool = self._open()
         try:
-            while self._look_ahead() or running:
-                self._submit(pool, running)
-                done, _ = wait(running, timeout=TICK_S, return_when=FIRST_COMPLETED)
-                self._on_tick(*self._totals())
-                for future in done:
-                    if (error := future.exception()) is None:
-                        yield future.result()
-                    elif isinstance(error, BrokenProcessPool):
-                        raise error
-                    else:
-                        self._retry(running[future], error)
-                    del running[future]
-        except BrokenProcessPool:
-            # Which task killed its worker nobody knows: all that were running count as suspects.
-            for task in running.values():
-                self._retry(task, _died(self._workers))
-            raise
+            yield from _Dispatch[Task, Result](pool, tasks, self._after_death).run(self._on_tick)
+        finally:
+            pool.close()
 
-    def _look_ahead(self) -> bool:
-        """Whether there is a task to start, which is then the first of those waiting."""
-        if not self._waiting:
-            self._waiting.extend(islice(self._fresh, 1))
-        return bool(self._waiting)
 
-    def _submit(self, pool: ProcessPoolExecutor, running: dict[Future[Result], Task]) -> None:
-        while len(running) < TASKS_AHEAD * self._workers and self._look_ahead():
-            task = self._waiting[0]
-            running[pool.submit(self._function, task)] = task  # raises if the pool is broken
-            self._waiting.popleft()
+class LocalEngine(Engine[Task, Result]):
+    """Runs tasks in processes of this machine; `progress_of` is not needed."""
 
-    def _retry(self, task: Task, error: BaseException) -> None:
-        """Queue a failed task again, or raise its error."""
-        self._failures[task] += 1
-        final = isinstance(error, AccessDeniedError) or not isinstance(
-            error, StoreError | _WorkerDiedError
+    def _open(self) -> Pool:
+        return _LocalPool(self._function, self._workers or os.cpu_count() or 1)
+
+
+def make_engine(
+    kind: EngineKind,
+    function: Callable[[Task], Result],
+    *,
+    workers: int | None,
+    address: str | None = None,
+    on_tick: Callable[[int, int], None] = ignore_counts,
+    after_death: Callable[[Task], Task] | None = None,
+    progress_of: Callable[[Result], tuple[int, int]] | None = None,
+) -> Engine[Task, Result]:
+    """The engine that a command's `--engine` names; see Engine, and RayEngine for `address`.
+
+    Raises UsageError if Ray is asked for and not installed.
+    """
+    if kind == "local":
+        return LocalEngine(
+            function,
+            workers=workers,
+            on_tick=on_tick,
+            after_death=after_death,
+            progress_of=progress_of,
         )
-        if final or self._failures[task] >= TASK_ATTEMPTS:
-            raise error
-        self._waiting.append(task)
+    from shard_tools.ray_engine import RayEngine
 
-
-class _WorkerDiedError(CropstreamError):
-    """A worker process died."""
-
-
-def _died(workers: int) -> _WorkerDiedError:
-    return _WorkerDiedError(
-        f"worker processes died {TASK_ATTEMPTS} times over the same work, perhaps for want of "
-        f"memory: start again with fewer than {workers} --workers; what is committed stays"
+    return RayEngine(
+        function,
+        address=address,
+        workers=workers,
+        on_tick=on_tick,
+        after_death=after_death,
+        progress_of=progress_of,
     )
 
 
-def _enter_worker(processed: Any, rejected: Any) -> None:
-    global num_processed, num_rejected
-    num_processed, num_rejected = processed, rejected
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+@dataclass(eq=False)
+class _Job(Generic[Task]):
+    """A task on its way to its result, and what befell it."""
+
+    task: Task
+    started_s: float = 0.0
+    executions: list[Any] = field(default_factory=list)
+    copied: bool = False
+    deaths: int = 0
+    failures: int = 0
+
+
+class _Dispatch(Generic[Task, Result]):
+    """One run of an engine: which task is executed next, and what becomes of those that ended."""
+
+    def __init__(
+        self, pool: Pool, tasks: Iterable[Task], after_death: Callable[[Task], Task] | None
+    ) -> None:
+        self._pool = pool
+        self._fresh = iter(tasks)
+        self._after_death = after_death
+        self._again: deque[_Job[Task]] = deque()
+        self._running: dict[Any, _Job[Task]] = {}  # by execution
+        self._durations_s: deque[float] = deque(maxlen=_RECENT)
+
+    def run(self, on_tick: Callable[[int, int], None]) -> Iterator[Result]:
+        next_tick = time.monotonic()
+        self._start_tasks()
+        while self._running:
+            ended = self._pool.wait(self._running.keys(), TICK_S)
+            results = [result for end in ended for result in self._settle(*end)]
+            self._start_tasks()  # nobody idles while the caller looks at the results
+            if (now := time.monotonic()) >= next_tick or not self._running:
+                next_tick = now + TICK_S
+                on_tick(*self._pool.totals())
+            yield from results
+
+    def _start_tasks(self) -> None:
+        """Keep the pool busy: with tasks while there are any, then with copies of the slowest."""
+        processes = self._pool.num_processes()
+        while len(self._running) < processes * self._pool.tasks_per_process:
+            if (job := self._next()) is None:
+                break
+            self._start(job)
+        while len(self._running) < processes and (straggler := self._straggler()) is not None:
+            straggler.copied = True
+            self._start(straggler)
+
+    def _next(self) -> _Job[Task] | None:
+        if self._again:
+            return self._again.popleft()
+        return next((_Job(task) for task in self._fresh), None)
+
+    def _straggler(self) -> _Job[Task] | None:
+        """The task that has run longest, if that is too long."""
+        jobs = (job for job in self._running.values() if not job.copied)
+        slowest = min(jobs, key=lambda job: job.started_s, default=None)
+        if slowest is None or not self._durations_s:
+            return None
+        patience_s = max(STRAGGLER_S, STRAGGLER_RATIO * statistics.median(self._durations_s))
+        return slowest if time.monotonic() - slowest.started_s > patience_s else None
+
+    def _start(self, job: _Job[Task]) -> None:
+        if not job.executions:
+            job.started_s = time.monotonic()
+        execution = self._pool.start(job.task)
+        job.executions.append(execution)
+        self._running[execution] = job
+
+    def _settle(self, execution: Any, outcome: Outcome) -> Iterator[Result]:
+        """Take note of an execution's end; yields the result if there is one."""
+        job = self._running.pop(execution, None)
+        if job is None:  # both copies ended in the same moment
+            return
+        job.executions.remove(execution)
+        if outcome.error is not None:
+            self._retry(job, outcome.error)
+            return
+        self._durations_s.append(time.monotonic() - job.started_s)
+        for loser in job.executions:
+            del self._running[loser]
+            self._pool.cancel(loser)
+        yield outcome.result
+
+    def _retry(self, job: _Job[Task], error: Exception) -> None:
+        """Queue a failed task again, unless a copy still runs, or raise its error."""
+        if isinstance(error, WorkerDiedError):
+            job.deaths += 1
+            if job.deaths >= TASK_ATTEMPTS:
+                raise self._too_deadly(error)
+            job.task = self._after_death(job.task) if self._after_death else job.task
+        else:
+            job.failures += 1
+            transient = isinstance(error, StoreError) and not isinstance(error, AccessDeniedError)
+            if not transient or job.failures >= STORE_ATTEMPTS:
+                raise error
+        if not job.executions:
+            self._again.append(job)
+
+    def _too_deadly(self, error: WorkerDiedError) -> WorkerDiedError:
+        return WorkerDiedError(
+            f"worker processes died {TASK_ATTEMPTS} times over the same work (the last one: "
+            f"{error}), perhaps for want of memory: start again with more of it, or with fewer "
+            f"--workers than {self._pool.num_processes()}; what is committed stays"
+        )
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A process and the parent's end of its pipe."""
+
+    process: SpawnProcess
+    pipe: Connection
+    slot: int
+    busy: bool = False
+
+    def receive(self) -> Outcome:
+        """What came through the pipe."""
+        try:
+            body = self.pipe.recv_bytes()
+        except (EOFError, OSError):  # its end, or a reset if the task was never read
+            return self.died()
+        self.busy = False
+        return read_outcome(body)
+
+    def died(self) -> Outcome:
+        self.process.join(_JOIN_S)
+        return Outcome(error=WorkerDiedError(_describe_end(self.process.exitcode)))
+
+
+class _LocalPool:
+    """Spawned processes, one task at a time each, started when there is work for them."""
+
+    tasks_per_process = 1  # the next task is handed over in some 100 µs
+
+    def __init__(self, function: Callable[[Any], Any], num_workers: int) -> None:
+        self._function = function
+        self._num_workers = num_workers
+        self._counts = _SPAWN.RawArray("q", 2 * num_workers)
+        self._workers: list[_Worker] = []
+        # Also at the interpreter's exit: multiprocessing would wait for the workers for ever.
+        self.close = weakref.finalize(self, _kill, self._workers)
+
+    def num_processes(self) -> int:
+        return self._num_workers
+
+    def start(self, task: Any) -> _Worker:
+        worker = self._idle_worker()
+        worker.busy = True
+        with suppress(OSError):  # it died in this moment, as wait() will find
+            worker.pipe.send_bytes(pickle.dumps((self._function, task)))
+        return worker
+
+    def wait(self, workers: Collection[_Worker], timeout_s: float) -> list[tuple[_Worker, Outcome]]:
+        # Both: a pipe does not end while a child that the dead worker forked holds it open.
+        sentinels = [worker.process.sentinel for worker in workers]
+        pipes = [worker.pipe for worker in workers]
+        ready = set(multiprocessing.connection.wait([*pipes, *sentinels], timeout_s))
+        ended = []
+        for worker in workers:
+            if worker.pipe in ready:
+                ended.append((worker, worker.receive()))
+            elif worker.process.sentinel in ready:
+                ended.append((worker, worker.died()))
+        self._remove([w for w, outcome in ended if isinstance(outcome.error, WorkerDiedError)])
+        return ended
+
+    def cancel(self, worker: _Worker) -> None:
+        self._remove([worker])
+
+    def totals(self) -> tuple[int, int]:
+        return sum(self._counts[::2]), sum(self._counts[1::2])
+
+    def _idle_worker(self) -> _Worker:
+        self._remove([worker for worker in self._workers if not worker.process.is_alive()])
+        idle = (worker for worker in self._workers if not worker.busy)
+        return next(idle, None) or self._start_worker()
+
+    def _remove(self, workers: list[_Worker]) -> None:
+        self._workers[:] = [worker for worker in self._workers if worker not in workers]
+        _kill(workers)
+
+    def _start_worker(self) -> _Worker:
+        taken = {worker.slot for worker in self._workers}
+        slot = next(slot for slot in range(self._num_workers) if slot not in taken)
+        ours, theirs = _SPAWN.Pipe()
+        process = _SPAWN.Process(target=_work, args=(theirs, self._counts, slot))
+        with theirs, _sigint_blocked():
+            process.start()
+        worker = _Worker(process, ours, slot)
+        self._workers.append(worker)
+        return worker
+
+
+def _work(pipe: Connection, counts: Any, slot: int) -> None:
+    """A worker's life: one task after the other, until the pipe or the parent ends."""
+    global _counts, _images_slot
+    _counts, _images_slot = counts, 2 * slot
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            pipe.send_bytes(attempt(pipe.recv_bytes()))
 
 
 def _die_with_parent() -> None:
-    """A worker waits on a queue that its siblings hold open: orphaned, it would wait forever."""
+    """An orphan that is busy would work on for nobody, and commit behind its successor's back."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def _stop(pool: ProcessPoolExecutor) -> None:
-    """End the pool now, whatever its workers are doing: their uncommitted work does not count."""
-    processes = list((pool._processes or {}).values())  # no public way before Python 3.14
-    pool.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.join()
+def _kill(workers: list[_Worker]) -> None:
+    """End workers now, whatever they are doing: what they have not committed does not count."""
+    for worker in workers:
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+        worker.process.close()
+        worker.pipe.close()
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """A process started here never sees Ctrl-C, which is the parent's to handle."""
+    resource_tracker.ensure_running()  # its first start would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _describe_end(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "closed its pipe"
+    if exit_code < 0:
+        return f"killed by signal {-exit_code}, {signal.strsignal(-exit_code)}"
+    return f"exit code {exit_code}"

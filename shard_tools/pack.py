@@ -1,39 +1,55 @@
 """Packing: the images of a unit, one after the other, into one shard and its index.
 
-An image's bytes are kept as they are, EXIF and all: nothing is rotated (the reference does not, and
-the bytes still say how to), nothing encoded again. What is no usable image stays in the index as a
-row with the reason. A unit's shard is written under a name that only this attempt has, and counts
-from the moment its commit is there: killed at any point, or raced by another packer, nothing is
-packed twice and nothing lost.
+An image's bytes are kept as they are unless the settings ask for other pixels. What is no usable
+image stays in the index as a row with the reason. A unit's shard is written under a name that only
+this attempt has, and counts from the moment its commit is there: killed at any point, or raced by
+another packer, nothing is packed twice and nothing lost.
 """
 
+import contextlib
 import hashlib
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from random import randrange
 from typing import Any
 
-from pipeline.decode import TOO_LARGE, guard_header, perceptual_hash
-from pipeline.errors import ObjectMissingError, SampleError, StoreError
+from pipeline.errors import SampleError, UsageError
 from pipeline.manifest import new_attempt
-from pipeline.shards import ShardWriter, encode_index, sample_key
-from pipeline.store import ObjectInfo, Store, open_store, read_file
-from shard_tools.commits import UnitCommit, commit_unit, read_unit_commit, read_unit_commits
-from shard_tools.engine import LocalEngine, count
-from shard_tools.plan import PackSettings, Plan, PlannedFile, read_unit
+from pipeline.shards import INDEX_SCHEMA, ShardWriter, encode_index, sample_key
+from pipeline.store import Store, open_store
+from shard_tools.adopt import index_tar
+from shard_tools.commits import (
+    UnitCommit,
+    commit_unit,
+    read_unit_commit,
+    read_unit_commits,
+)
+from shard_tools.download import DownloadSettings
+from shard_tools.engine import EngineKind, count, make_engine
+from shard_tools.filters import load_filter
+from shard_tools.inputs import Arrival, read_inputs, tar_file
+from shard_tools.judge import Accepted, RejectedError, judge, watched
+from shard_tools.plan import PackSettings, Plan, read_unit
+from shard_tools.sandbox import Sandbox
+from shard_tools.sources import Kind, PlannedInput
 
-MISSING = "missing"  # gone since the plan was made
-CHANGED = "changed"  # of another size than planned
-UNREADABLE = "unreadable"  # a local file that may not, or cannot, be read
+DUPLICATE = "duplicate"
 
-READ_AHEAD_BYTES = 64 * 2**20  # a worker
-READERS = 8  # requests at once, a worker
+Judge = Callable[[bytes], Accepted]
 
-_EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif"}  # elsewhere the format's name in lower case
+
+@dataclass(frozen=True, kw_only=True)
+class PackOptions:
+    """How to pack, which changes nothing of what comes out; a stored plan knows none of it."""
+
+    engine: EngineKind = "local"
+    address: str | None = None  # of a Ray cluster
+    workers: int = 1
+    filter: str | None = None  # the plan's, allowed to run by whoever started this
+    download: DownloadSettings = field(default_factory=DownloadSettings)
 
 
 @dataclass(frozen=True)
@@ -42,8 +58,12 @@ class UnitTask:
 
     dataset: str
     plan: str
+    kind: Kind
     unit: int
     settings: PackSettings
+    options: PackOptions
+    job: str  # attempts begin with it, so that a job knows its own commits
+    careful: bool = False  # its last worker died: every image in a process that may die too
 
 
 @dataclass(frozen=True)
@@ -68,35 +88,41 @@ class PackReport:
 def pack(
     dataset: Store,
     plan: Plan,
+    options: PackOptions,
     *,
-    workers: int,
     on_tick: Callable[[int, int], None],
     on_resume: Callable[[int], None] = lambda rows: None,
 ) -> PackReport:
-    """Pack every unit of a plan that has no commit yet, in `workers` processes.
+    """Pack every unit of a plan that has no commit yet.
 
-    `on_resume` is told once how many inputs were packed before; `on_tick`, see LocalEngine.
-    Raises StoreError if a unit failed for good; what is committed stays, and a second run does the
-    rest.
+    `on_resume` is told once how many inputs were packed before; `on_tick`, see LocalEngine. Raises
+    UsageError if the plan has a Python filter that `options` does not allow; StoreError if a unit
+    failed for good; what is committed stays, and a second run does the rest.
     """
+    _refuse_unasked_filter(plan, options)
     started = time.monotonic()
-    todo: list[int] = []
-    rows_before = 0
-    for unit, before in enumerate(read_unit_commits(dataset, plan)):
-        if before is None:
-            todo.append(unit)
-        else:
-            rows_before += before.rows
+    todo, rows_before = _todo(dataset, plan)
     on_resume(rows_before)
     # Several packers of one plan begin at different places, so they seldom do the same work.
     turn = randrange(len(todo)) if todo else 0
-    order = chain(todo[turn:], todo[:turn])
-    tasks = (UnitTask(dataset.url, plan.name, unit, plan.settings) for unit in order)
-    engine = LocalEngine(pack_unit, workers=min(workers, max(len(todo), 1)), on_tick=on_tick)
+    job = new_attempt()[:8]
+    tasks = (
+        UnitTask(dataset.url, plan.name, plan.kind, unit, plan.settings, options, job)
+        for unit in chain(todo[turn:], todo[:turn])
+    )
+    engine = make_engine(
+        options.engine,
+        pack_unit,
+        workers=min(options.workers, max(len(todo), 1)),
+        address=options.address,
+        on_tick=on_tick,
+        after_death=lambda task: replace(task, careful=True),
+        progress_of=lambda done: (done.rows, done.rows - done.kept),
+    )
     units = packed = packed_bytes = 0
     rejected: Counter[str] = Counter()
     for done in engine.run(tasks):
-        if done is not None:
+        if done.attempt.startswith(job):
             units += 1
             packed += done.kept
             packed_bytes += done.sample_bytes
@@ -113,136 +139,177 @@ def pack(
     )
 
 
-def pack_unit(task: UnitTask) -> UnitCommit | None:
-    """Pack and commit one unit; None if another packer committed it first. Runs in a worker."""
-    dataset = open_store(task.dataset)
-    if read_unit_commit(dataset, task.plan, task.unit) is not None:
-        return None
-    attempt = new_attempt()
-    name = f"data/{attempt[:2]}/{task.plan[:8]}-{task.unit:08d}-{attempt}"
-    inputs = read_unit(dataset, task.plan, task.unit)
-    done = _write_shard(dataset, name, _rows(task, inputs), task.plan)
-    if commit_unit(dataset, task.plan, task.unit, done, attempt=attempt):
-        return done
-    dataset.delete(done.tar)
-    dataset.delete(done.index)
-    return None
-
-
-@dataclass
-class _Row:
-    """One input on its way into the index; `data` is None if it is rejected."""
-
-    data: bytes | None
-    extension: str = ""
-    columns: dict[str, Any] = field(default_factory=dict)
-
-
-def _write_shard(dataset: Store, name: str, rows: Iterator[_Row], plan: str) -> UnitCommit:
-    """Stream the rows into a shard and its index."""
-    columns: list[dict[str, Any]] = []
-    with dataset.writer(f"{name}.tar") as tar:
-        shard = ShardWriter(tar)
-        for row in rows:
-            if row.data is not None:
-                entry = shard.add(row.columns["key"], row.extension, row.data)
-                row.columns |= {
-                    f: getattr(entry, f) for f in ("offset", "length", "crc32c", "sha256")
-                }
-            columns.append(row.columns)
-        tar_hash = shard.finish()
-    body = encode_index(columns, ["label"])
-    with dataset.writer(f"{name}.parquet") as index:
-        index.write(body)
-    return _describe(tar.info, tar_hash, index.info, body, columns)
-
-
-def _describe(
-    tar: ObjectInfo,
-    tar_hash: bytes,
-    index: ObjectInfo,
-    index_body: bytes,
-    columns: Sequence[dict[str, Any]],
-) -> UnitCommit:
-    kept = [row for row in columns if row["status"] == "ok"]
-    return UnitCommit(
-        tar=tar.key,
-        index=index.key,
-        tar_bytes=tar.size_bytes,
-        index_bytes=index.size_bytes,
-        tar_tag=tar.tag,
-        index_tag=index.tag,
-        tar_hash=tar_hash.hex(),
-        index_sha256=hashlib.sha256(index_body).hexdigest(),
-        rows=len(columns),
-        kept=len(kept),
-        sample_bytes=sum(row["length"] for row in kept),
-        rejected=dict(Counter(row["reason"] for row in columns if row["status"] != "ok")),
+def _refuse_unasked_filter(plan: Plan, options: PackOptions) -> None:
+    """A plan is data: it may ask for a filter, but not make us run somebody's code."""
+    wanted = plan.settings.image.filter
+    if wanted == options.filter:
+        return
+    if wanted is None:
+        raise UsageError(f"plan {plan.name} has no filter: leave out --filter, or make a new plan")
+    raise UsageError(
+        f"plan {plan.name} filters images by the Python function {wanted}; if you trust it, give "
+        f"--filter {wanted}"
     )
 
 
-def _rows(task: UnitTask, inputs: Sequence[PlannedFile]) -> Iterator[_Row]:
-    """Judge the inputs one by one, reading ahead."""
-    limits = task.settings
-    for file, read in _read_ahead(inputs, limits.max_bytes):
-        key = sample_key(task.plan, file.row)
-        row: dict[str, Any] = {"key": key, "source": file.source, "label": file.label}
-        try:
-            data = read()
-            header = guard_header(data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes)
-            row |= {"format": header.format, "width": header.width_px, "height": header.height_px}
-            # An image that has a hash decodes: this is the proof, and dedup's raw material.
-            row["phash"] = perceptual_hash(
-                data, max_pixels=limits.max_pixels, max_bytes=limits.max_bytes
-            )
-        except SampleError as error:
-            count(rejected=True)
-            yield _Row(None, columns=row | {"status": "rejected", "reason": error.reason})
+def _todo(dataset: Store, plan: Plan) -> tuple[list[int], int]:
+    """The units without a commit, and the number of inputs in the others."""
+    todo: list[int] = []
+    rows_before = 0
+    for unit, before in enumerate(read_unit_commits(dataset, plan)):
+        if before is None:
+            todo.append(unit)
         else:
-            count(rejected=False)
-            extension = _EXTENSIONS.get(header.format, header.format.lower())
-            yield _Row(data, extension, row | {"status": "ok"})
+            rows_before += before.rows
+    return todo, rows_before
 
 
-def _read_ahead(
-    inputs: Sequence[PlannedFile], max_bytes: int
-) -> Iterator[tuple[PlannedFile, Callable[[], bytes]]]:
-    """Every input with a function that returns its bytes, several being read at once meanwhile."""
-    pending: deque[tuple[PlannedFile, Future[bytes]]] = deque()
-    ahead_bytes = 0
-    with ThreadPoolExecutor(READERS) as readers:
-        for file in inputs:
-            size = min(file.size_bytes, max_bytes)
-            while pending and (
-                ahead_bytes + size > READ_AHEAD_BYTES or len(pending) >= 2 * READERS
-            ):
-                first, future = pending.popleft()
-                ahead_bytes -= min(first.size_bytes, max_bytes)
-                yield first, future.result
-            pending.append((file, readers.submit(_read, file, max_bytes)))
-            ahead_bytes += size
-        for first, future in pending:
-            yield first, future.result
+def pack_unit(task: UnitTask) -> UnitCommit:
+    """Pack and commit one unit, unless somebody has; the commit that counts. Runs in a worker."""
+    dataset = open_store(task.dataset)
+    before = read_unit_commit(dataset, task.plan, task.unit)
+    if before is not None:
+        return before
+    attempt = task.job + new_attempt()
+    name = f"data/{attempt[-2:]}/{task.plan[:8]}-{task.unit:08d}-{attempt}"
+    inputs = read_unit(dataset, task.plan, task.unit)
+    with _judging(task) as judge_image:
+        if task.kind == "adopt":
+            shard = _index_shard(task, inputs[0], judge_image)
+        else:
+            rows = _rows(task, inputs, judge_image)
+            shard = _write_shard(dataset, f"{name}.tar", rows, unique=task.settings.unique)
+    done = _write_index(dataset, f"{name}.parquet", shard)
+    winner = commit_unit(dataset, task.plan, task.unit, replace(done, attempt=attempt))
+    if winner.attempt != attempt:
+        for key in {done.tar, done.index} - {winner.tar}:  # an adopted tar is nobody's to delete
+            dataset.delete(key)
+    return winner
 
 
-def _read(file: PlannedFile, max_bytes: int) -> bytes:
-    """An input's bytes.
+@contextlib.contextmanager
+def _judging(task: UnitTask) -> Iterator[Judge]:
+    """The function that judges this unit's images."""
+    settings, name = task.settings.image, task.options.filter
+    if task.careful:
+        with Sandbox(settings, name) as sandbox:
+            yield sandbox.judge
+        return
+    keep = load_filter(name) if name is not None else None
+    with watched() as watch:
+        yield lambda data: watch(judge, data, settings, keep=keep)
 
-    Raises SampleError if it is too large, gone, unreadable on its disk, or not what was planned;
-    StoreError if a store fails.
-    """
-    if file.size_bytes > max_bytes:
-        raise SampleError(TOO_LARGE, f"{file.size_bytes} bytes, allowed are {max_bytes}")
+
+@dataclass(slots=True)
+class _Row:
+    """One input on its way into the index; `data` is None if it is rejected."""
+
+    columns: dict[str, Any]
+    data: bytes | None = None
+    extension: str = ""
+
+
+def _rows(task: UnitTask, inputs: Sequence[PlannedInput], judge_image: Judge) -> Iterator[_Row]:
+    """Judge the inputs one by one as they arrive."""
+    settings = task.settings
+    arrivals = read_inputs(
+        inputs,
+        task.kind,
+        max_bytes=settings.image.max_bytes,
+        url_column=settings.url_column,
+        download=task.options.download,
+    )
+    for arrival in arrivals:
+        row = _judged(arrival, judge_image)
+        row.columns["key"] = sample_key(task.plan, arrival.row)
+        count(rejected=row.data is None)
+        yield row
+
+
+def _judged(arrival: Arrival, judge_image: Judge) -> _Row:
+    columns = arrival.columns
     try:
-        data = read_file(file.source)
-        if len(data) != file.size_bytes:  # some clients pass a cut body as success
-            data = read_file(file.source)
-    except ObjectMissingError as error:
-        raise SampleError(MISSING, str(error)) from None
-    except StoreError as error:
-        if not file.source.startswith("file://"):  # elsewhere it is the store that fails
-            raise
-        raise SampleError(UNREADABLE, str(error)) from None
-    if len(data) != file.size_bytes:
-        raise SampleError(CHANGED, f"{len(data)} bytes, planned were {file.size_bytes}")
-    return data
+        if isinstance(arrival.data, SampleError):
+            raise arrival.data
+        accepted = judge_image(arrival.data)
+    except SampleError as error:
+        known = error.columns if isinstance(error, RejectedError) else {}
+        columns.update(known, status="rejected", reason=error.reason)
+        return _Row(columns)
+    columns.update(accepted.columns, status="ok")
+    return _Row(columns, accepted.data, accepted.extension)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A tar that is complete, and the rows of its index."""
+
+    tar: str
+    tar_bytes: int
+    tar_tag: str | None
+    tar_hash: bytes
+    rows: list[dict[str, Any]]
+
+
+def _write_shard(dataset: Store, name: str, rows: Iterator[_Row], *, unique: bool) -> _Shard:
+    """Stream the rows into a shard, with memory for one image."""
+    columns: list[dict[str, Any]] = []
+    seen: set[bytes] | None = set() if unique else None
+    with dataset.writer(name) as tar:
+        shard = ShardWriter(tar)
+        for row in rows:
+            if row.data is not None:
+                _add(shard, row, row.data, seen)
+            columns.append(row.columns)
+        tar_hash = shard.finish()
+    return _Shard(tar.info.key, tar.info.size_bytes, tar.info.tag, tar_hash, columns)
+
+
+def _add(shard: ShardWriter, row: _Row, data: bytes, seen: set[bytes] | None) -> None:
+    """Append an image, or reject it if its bytes were `seen` before."""
+    digest = hashlib.sha256(data).digest()
+    if seen is not None:
+        if digest in seen:
+            row.columns.update(status="rejected", reason=DUPLICATE)
+            return
+        seen.add(digest)
+    entry = shard.add(row.columns["key"], row.extension, data, digest)
+    row.columns.update(
+        offset=entry.offset, length=entry.length, crc32c=entry.crc32c, sha256=entry.sha256
+    )
+
+
+def _index_shard(task: UnitTask, tar: PlannedInput, judge_image: Judge) -> _Shard:
+    """Index a shard where it lies."""
+    file = tar_file(tar)
+    adopted = index_tar(
+        file,
+        keys=lambda number: sample_key(task.plan, tar.row + number),
+        judge=judge_image,
+        on_image=lambda rejected: count(rejected=rejected),
+        max_bytes=task.settings.image.max_bytes,
+    )
+    return _Shard(file.url, file.size_bytes, adopted.tar_tag, adopted.tar_hash, adopted.rows)
+
+
+def _write_index(dataset: Store, name: str, shard: _Shard) -> UnitCommit:
+    rows = shard.rows
+    extra = dict.fromkeys(["label", *chain.from_iterable(rows)])
+    body = encode_index(rows, [column for column in extra if column not in INDEX_SCHEMA.names])
+    with dataset.writer(name) as index:
+        index.write(body)
+    kept = [row for row in rows if row["status"] == "ok"]
+    return UnitCommit(
+        tar=shard.tar,
+        index=index.info.key,
+        tar_bytes=shard.tar_bytes,
+        index_bytes=index.info.size_bytes,
+        tar_tag=shard.tar_tag,
+        index_tag=index.info.tag,
+        tar_hash=shard.tar_hash.hex(),
+        index_sha256=hashlib.sha256(body).hexdigest(),
+        rows=len(rows),
+        kept=len(kept),
+        sample_bytes=sum(row["length"] for row in kept),
+        rejected=dict(Counter(row["reason"] for row in rows if row["status"] != "ok")),
+    )

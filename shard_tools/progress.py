@@ -12,9 +12,9 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Counts images towards a total, with their rate and the number of rejects."""
+    """Counts images towards a total, if there is one, with their rate and the number of rejects."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int | None) -> None:
         self._what = what
         self._total = total
         self._before = 0
@@ -47,7 +47,9 @@ class Progress:
 
     def show(self, done: int, rejected: int = 0) -> None:
         """Show that this run has done `done` images, `rejected` of them rejected."""
-        done = min(self._before + done, self._total)  # work that was lost and repeated counts once
+        done += self._before
+        if self._total is not None:
+            done = min(done, self._total)  # work that was lost and repeated counts once
         if self._bar is not None:
             self._bar.set_postfix(rejected=rejected, refresh=False)
             self._bar.update(done - self._bar.n)
@@ -57,6 +59,12 @@ class Progress:
 
     def _print(self, done: int, rejected: int, elapsed_s: float) -> None:
         rate = (done - self._before) / elapsed_s if elapsed_s > 1 else 0.0
+        whole = "" if self._total is None else f" of {self._total}"
+        left = (
+            ""
+            if self._total is None or rate == 0
+            else f", {(self._total - done) / rate:.0f} s left"
+        )
         sys.stderr.write(
-            f"{self._what}: {done} of {self._total} images, {rate:.0f}/s, {rejected} rejected\n"
+            f"{self._what}: {done}{whole} images, {rate:.0f}/s, {rejected} rejected{left}\n"
         )

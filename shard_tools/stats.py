@@ -1,104 +1,208 @@
-"""What a data set holds: images, bytes, formats, sizes, labels, and what was rejected and why."""
+"""What a data set holds: images, bytes, formats, sizes, labels, origins, and what was rejected.
+
+One pass over the indexes of a snapshot, in memory that depends neither on the number of shards nor
+of rows: quantiles are of a thinned sample beyond a million values, rare names of labels and origins
+are counted as others (see shard_tools.tally).
+"""
 
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.manifest import Snapshot
-from pipeline.shards import read_index
-from pipeline.store import Store, resolve
+from pipeline.store import Store
+from shard_tools.indexes import Flags, ShardRows, read_indexes
+from shard_tools.origins import Origins
+from shard_tools.show import listed, plural, size
+from shard_tools.tally import QUANTILES, Histogram, LogBins, Spread, Tally
 
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-EXACT_UP_TO = 1_000_000  # values; of more, every second, fourth, … is looked at
-READERS = 8
+TOP_SOURCES = 50
+TOP_LABELS = 1000
+_SHOWN_LABELS = 20
+_SHOWN_SOURCES = 10
+_KEPT, _MASKED, _REJECTED = range(3)
+_UNITS = {"width": "width px", "height": "height px", "length": "bytes", "aspect": "width/height"}
 
-Numbers = npt.NDArray[np.int64]
+
+@dataclass
+class SourceCounts:
+    """How many rows come from one origin (see shard_tools.origins)."""
+
+    kept: int
+    masked: int
+    rejected: int
 
 
 @dataclass
 class Stats:
-    """Counts over a snapshot. Quantiles are at QUANTILES, in pixels and bytes."""
+    """Counts over a snapshot.
+
+    From `image_bytes` on, all of it describes the kept images, those that readers see. Quantiles
+    are at `quantile_levels`: width and height in pixels, length in bytes, aspect = width / height.
+    Histograms, with bins of equal ratio, are of these and of `pixels`.
+    """
 
     version: int
     shards: int
-    rows: int = 0
+    rows: int = 0  # images, rejects, and rejects that a retry superseded
     images: int = 0  # not rejected
-    kept: int = 0  # neither rejected nor masked
+    masked: int = 0  # images that a mask hides: removed, duplicates, …
+    kept: int = 0  # the other images
+    superseded: int = 0  # rejects that were tried again
+    rejected: dict[str, int] = field(default_factory=dict)  # reason: the other rejects
     image_bytes: int = 0
     formats: dict[str, int] = field(default_factory=dict)
-    rejected: dict[str, int] = field(default_factory=dict)
-    labels: dict[str, int] = field(default_factory=dict)
-    quantiles: dict[str, list[int]] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)  # the TOP_LABELS most frequent
+    num_labels: int = 0  # different ones; "at least", if there are very many
+    other_labels: int = 0  # images of labels that are not named here
+    quantile_levels: tuple[float, ...] = QUANTILES
+    quantiles: dict[str, list[float]] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)
+    sources: dict[str, SourceCounts] = field(default_factory=dict)  # TOP_SOURCES, largest first
+    other_sources: SourceCounts = field(default_factory=lambda: SourceCounts(0, 0, 0))
 
 
-def collect(dataset: Store, snapshot: Snapshot) -> Stats:
-    """Read every index of a snapshot and count. Raises ShardError, StoreError."""
-    stats = Stats(snapshot.version, len(snapshot), kept=snapshot.num_kept)
-    formats: Counter[str] = Counter()
-    rejected: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    spreads = {name: Spread() for name in ("width", "height", "length")}
-    for index in _read_indexes(dataset, snapshot):
-        images = index.filter(pc.equal(index["status"], "ok"))
-        rejects = index.filter(pc.not_equal(index["status"], "ok"))
-        stats.rows += len(index)
-        stats.images += len(images)
-        stats.image_bytes += pc.sum(images["length"]).as_py() or 0
-        formats.update(_counts(images, "format"))
-        rejected.update(_counts(rejects, "reason"))
-        if "label" in index.column_names:
-            labels.update(_counts(images, "label"))
-        for name, spread in spreads.items():
-            spread.add(images[name].drop_null().to_numpy())
-    stats.formats, stats.rejected, stats.labels = dict(formats), dict(rejected), dict(labels)
-    stats.quantiles = {
-        name: values for name, spread in spreads.items() if (values := spread.quantiles())
-    }
-    return stats
+def collect(
+    dataset: Store, snapshot: Snapshot, *, on_tick: Callable[[int, int], None] | None = None
+) -> Stats:
+    """Read every index of a snapshot and count. Raises ShardError, StoreError.
+
+    `on_tick` is called after every shard with the rows and rejects so far; there are
+    `snapshot.rows.sum()` rows in all.
+    """
+    collector = Collector(snapshot)
+    for rows in read_indexes(dataset, snapshot):
+        collector.add(rows)
+        if on_tick is not None:
+            on_tick(collector.num_rows, collector.num_rejected)
+    return collector.stats()
 
 
-class Spread:
-    """Quantiles in bounded memory: exact for the first million values, then of every 2nd, 4th, …"""
+class Collector:
+    """Adds up Stats shard by shard."""
 
-    def __init__(self, exact_up_to: int = EXACT_UP_TO) -> None:
-        self._limit = exact_up_to
-        self._step = 1
-        self._skip = 0  # values to pass over before the next one that counts
-        self._kept: Numbers = np.empty(0, np.int64)
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._stats = Stats(snapshot.version, len(snapshot))
+        self._formats: Counter[str] = Counter()
+        self._rejected: Counter[str] = Counter()
+        self._labels = Tally()
+        self._origins = Origins(num_kinds=3)
+        self._spreads = {name: Spread() for name in ("width", "height", "length", "aspect")}
+        self._bins = {
+            "width": LogBins(4),
+            "height": LogBins(4),
+            "aspect": LogBins(6, centred=True),
+            "pixels": LogBins(1),
+            "length": LogBins(1),
+        }
 
-    def add(self, values: Numbers) -> None:
-        """Take note of more values."""
-        chosen = values[self._skip :: self._step]
-        self._skip = (self._skip - len(values)) % self._step
-        self._kept = np.concatenate([self._kept, chosen])
-        while len(self._kept) > self._limit:
-            self._skip += self._step * (len(self._kept) % 2)
-            self._kept = self._kept[::2]
-            self._step *= 2
+    @property
+    def num_rows(self) -> int:
+        """Rows so far."""
+        return self._stats.rows
 
-    def quantiles(self) -> list[int]:
-        """The values at QUANTILES, each of them one that occurs; empty if there is none."""
-        if not len(self._kept):
-            return []
-        return [int(q) for q in np.quantile(self._kept, QUANTILES, method="inverted_cdf")]
+    @property
+    def num_rejected(self) -> int:
+        """Rejects so far."""
+        return self._rejected.total()
+
+    def add(self, rows: ShardRows) -> None:
+        """Count one shard."""
+        kept, masked, rejected = rows.kept, rows.masked, rows.rejected
+        self._add_totals(rows, kept, masked)
+        table = rows.table.filter(kept)
+        self._rejected.update(_counts(rows.table.filter(rejected), "reason"))
+        self._formats.update(_counts(table, "format"))
+        if "label" in table.column_names:
+            for label, count in _counts(table, "label").items():
+                self._labels.add(label, count)
+        for kind, flags in ((_KEPT, kept), (_MASKED, masked), (_REJECTED, rejected)):
+            self._origins.add(rows.table["source"].filter(flags), kind)
+        self._add_sizes(table)
+
+    def stats(self) -> Stats:
+        """What was counted."""
+        stats = self._stats
+        stats.formats = dict(self._formats.most_common())
+        stats.rejected = dict(self._rejected.most_common())
+        labels, others = self._labels.top(TOP_LABELS)
+        stats.labels = {name: int(counts[0]) for name, counts in labels.items()}
+        stats.num_labels, stats.other_labels = len(self._labels), int(others[0])
+        stats.quantiles = {name: q for name, s in self._spreads.items() if (q := s.quantiles())}
+        stats.histograms = {name: bins.histogram() for name, bins in self._bins.items()}
+        sources, elsewhere = self._origins.top(TOP_SOURCES)
+        stats.sources = {name: SourceCounts(*counts.tolist()) for name, counts in sources.items()}
+        stats.other_sources = SourceCounts(*elsewhere.tolist())
+        return stats
+
+    def _add_totals(self, rows: ShardRows, kept: Flags, masked: Flags) -> None:
+        stats = self._stats
+        stats.rows += len(kept)
+        stats.images += int(rows.is_ok.sum())
+        stats.kept += int(kept.sum())
+        stats.masked += int(masked.sum())
+        stats.superseded += int((~rows.is_ok & ~rows.has_bit).sum())
+        stats.image_bytes += pc.sum(rows.table["length"].filter(kept)).as_py() or 0
+
+    def _add_sizes(self, table: pa.Table) -> None:
+        width, height, length = (table[name] for name in ("width", "height", "length"))
+        values = {"width": width, "height": height, "length": length}
+        sizes = {name: column.drop_null().to_numpy() for name, column in values.items()}
+        has_size = pc.and_(pc.is_valid(width), pc.greater(pc.fill_null(height, 0), 0))
+        wide, high = (c.filter(has_size).to_numpy().astype(np.int64) for c in (width, height))
+        sizes |= {"aspect": wide / high, "pixels": wide * high}
+        for name, spread in self._spreads.items():
+            spread.add(sizes[name])
+        for name, bins in self._bins.items():
+            bins.add(sizes[name])
 
 
-def _read_indexes(dataset: Store, snapshot: Snapshot) -> Iterator[pa.Table]:
-    def read(shard: int) -> pa.Table:
-        store, key = resolve(dataset, snapshot.index[shard])
-        return read_index(
-            store.get(key), where=store.url_of(key), sha256=snapshot.index_sha256[shard]
-        )
+def table(stats: Stats) -> str:
+    """The figures as lines for people."""
+    lines = [
+        ("snapshot", f"version {stats.version}: {plural(stats.shards, 'shard')}"),
+        ("images", f"{stats.kept}, {size(stats.image_bytes)}"),
+        ("masked", str(stats.masked) if stats.masked else ""),
+        ("rejected", _with_total(stats.rejected)),
+        ("superseded", f"{stats.superseded} rejects, tried again" if stats.superseded else ""),
+        ("formats", listed(stats.formats)),
+        ("labels", _labels(stats)),
+        ("sources", _sources(stats)),
+    ]
+    return "\n".join([*(f"{name:<12}{text}" for name, text in lines if text), *_quantiles(stats)])
 
-    with ThreadPoolExecutor(READERS) as readers:
-        for start in range(0, len(snapshot), READERS):  # map alone would read all ahead
-            yield from readers.map(read, range(start, min(start + READERS, len(snapshot))))
+
+def _with_total(counts: Mapping[str, int]) -> str:
+    total = str(sum(counts.values()))
+    return f"{total}: {listed(counts)}" if counts else total
+
+
+def _labels(stats: Stats) -> str:
+    shown = dict(Counter(stats.labels).most_common(_SHOWN_LABELS))
+    more = ", …" if stats.num_labels > len(shown) else ""
+    return f"{stats.num_labels}: {listed(shown)}{more}" if shown else "0"
+
+
+def _sources(stats: Stats) -> str:
+    """Kept images by origin."""
+    shown = {n: c.kept for n, c in list(stats.sources.items())[:_SHOWN_SOURCES]}
+    named = ", ".join(f"{name} {count}" for name, count in shown.items())
+    return f"{named}, others {rest}" if (rest := stats.kept - sum(shown.values())) else named
+
+
+def _quantiles(stats: Stats) -> list[str]:
+    if not stats.quantiles:
+        return []
+    heads = ["min", *(f"{round(100 * q)} %" for q in QUANTILES[1:-1]), "max"]
+    lines = ["".join([" " * 12, *(f"{head:>10}" for head in heads)])]
+    for name, values in stats.quantiles.items():
+        texts = (f"{value:.2f}" if name == "aspect" else str(int(value)) for value in values)
+        lines.append("".join([f"{_UNITS[name]:<12}", *(f"{text:>10}" for text in texts)]))
+    return lines
 
 
 def _counts(table: pa.Table, column: str) -> dict[str, int]:

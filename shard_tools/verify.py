@@ -2,13 +2,15 @@
 
 A shard passes if its objects have the recorded sizes and tags, its index the recorded SHA-256, and
 the tar, walked strictly, holds exactly the index's samples with their CRC32C, SHA-256 and the
-shard's hash. Some shards are also read by webdataset itself, in a child process because it imports
-torch.
+shard's hash. Of an adopted shard, which is not ours, the samples are read where the index says. A
+few samples a shard are also decoded: bytes may be what was recorded and no image all the same. Some
+shards are also read by webdataset itself, in a child process because it imports torch.
 """
 
 import hashlib
 import importlib.util
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -19,12 +21,22 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from pipeline.errors import DataError, ObjectChangedError, ObjectMissingError, ShardError
+from pipeline.decode import MAX_BYTES, MAX_PIXELS, decode_rgb
+from pipeline.errors import (
+    DataError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SampleError,
+    ShardError,
+)
 from pipeline.manifest import Snapshot
-from pipeline.shards import kept_rows, read_index, read_samples
+from pipeline.shards import Sample, kept_rows, read_adopted_samples, read_index, read_samples
 from pipeline.store import PART_BYTES, Store, open_store, resolve
 from shard_tools.engine import LocalEngine, count
+
+DECODED_SAMPLES = 4  # a shard, the first among them
 
 _NAMED_SHARDS = 20
 
@@ -67,6 +79,7 @@ class ShardVerdict:
     problem: str | None
     samples: int = 0
     read_bytes: int = 0
+    decoded: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,7 @@ class VerifyReport:
     read_bytes: int
     quick: bool
     read_by_webdataset: int | None  # samples; None where webdataset is not installed or not asked
+    decoded: int = 0  # samples
 
 
 def verify(
@@ -89,31 +103,40 @@ def verify(
     workers: int,
     on_tick: Callable[[int, int], None],
 ) -> VerifyReport:
-    """Check every shard of a snapshot; `quick` looks at indexes and sizes only.
+    """Check every shard of a snapshot; `quick` looks at what exists, its size and its tag only.
 
     Raises ShardError that lists all damaged shards; StoreError if the store cannot be read.
     """
     workers = min(workers, max(len(snapshot), 1))
     engine = LocalEngine(verify_shard, workers=workers, on_tick=on_tick)
-    samples = read_bytes = 0
+    samples = read_bytes = decoded = 0
     problems: list[str] = []
     for verdict in engine.run(_tasks(dataset, snapshot.table, quick)):
         samples += verdict.samples
         read_bytes += verdict.read_bytes
+        decoded += verdict.decoded
         problems += [verdict.problem] if verdict.problem is not None else []
     _raise_problems(problems, len(snapshot))
     seen = None if quick else _check_interoperability(dataset, snapshot)
-    return VerifyReport(snapshot.version, len(snapshot), samples, read_bytes, quick, seen)
+    return VerifyReport(
+        version=snapshot.version,
+        shards=len(snapshot),
+        samples=samples,
+        read_bytes=read_bytes,
+        quick=quick,
+        read_by_webdataset=seen,
+        decoded=decoded,
+    )
 
 
 def verify_shard(task: ShardTask) -> ShardVerdict:
     """Check one shard. Damage is a verdict, not an exception. Runs in a worker."""
     try:
-        samples = _quick(task) if task.quick else _thorough(task)
+        samples, decoded = _quick(task) if task.quick else _thorough(task)
     except (DataError, ObjectMissingError, ObjectChangedError) as error:
         return ShardVerdict(task.tar, str(error))
     read_bytes = task.index_bytes + (0 if task.quick else task.tar_bytes)
-    return ShardVerdict(task.tar, None, samples, read_bytes)
+    return ShardVerdict(task.tar, None, samples, read_bytes, decoded)
 
 
 def _tasks(dataset: Store, shards: pa.Table, quick: bool) -> Iterator[ShardTask]:
@@ -133,18 +156,33 @@ def _raise_problems(problems: list[str], num_shards: int) -> None:
     raise ShardError(f"{len(problems)} of {num_shards} shards are damaged; {advice}:{lines}{more}")
 
 
-def _quick(task: ShardTask) -> int:
-    """Sizes and tags of both objects."""
+def _quick(task: ShardTask) -> tuple[int, int]:
+    """Whether all objects are there, sizes and tags; how many samples there are, and 0 decoded."""
     dataset = open_store(task.dataset)
     _check_object(dataset, task.tar, task.tar_bytes, task.tar_tag)
     _check_object(dataset, task.index, task.index_bytes, task.index_tag)
-    return task.kept
+    if task.mask is not None:
+        _check_object(dataset, task.mask, None, None)
+    return task.kept, 0
 
 
-def _thorough(task: ShardTask) -> int:
-    """Everything; returns the number of samples read."""
+def _thorough(task: ShardTask) -> tuple[int, int]:
+    """Everything; returns how many samples were read, and how many of them decoded."""
     _quick(task)
     dataset = open_store(task.dataset)
+    index = _read_index(dataset, task)
+    chosen = samples_to_decode(index, task.tar_hash)
+    samples = 0
+    for sample in _samples(dataset, task, index):
+        samples += 1
+        count(rejected=False)
+        if sample.key in chosen:
+            _decode(sample, chosen[sample.key], task)
+    return samples, len(chosen)
+
+
+def _read_index(dataset: Store, task: ShardTask) -> pa.Table:
+    """A shard's index, held against the snapshot. Raises ShardError."""
     store, key = resolve(dataset, task.index)
     index = read_index(store.get(key), where=store.url_of(key), sha256=task.index_sha256)
     kept = len(kept_rows(index, _read_mask(dataset, task)))
@@ -153,21 +191,60 @@ def _thorough(task: ShardTask) -> int:
             f"{store.url_of(key)}: has {len(index)} rows of which {kept} are kept, "
             f"the snapshot says {task.rows} and {task.kept}"
         )
+    return index
+
+
+def _samples(dataset: Store, task: ShardTask, index: pa.Table) -> Iterator[Sample]:
     store, key = resolve(dataset, task.tar)
+    read = read_adopted_samples if _is_adopted(task.tar) else read_samples
     stream = store.reader(key, task.tar_bytes, tag=task.tar_tag)
-    samples = 0
-    for _ in read_samples(stream, index, where=store.url_of(key), shard_hash=task.tar_hash):
-        samples += 1
-        count(rejected=False)
-    return samples
+    return read(stream, index, where=store.url_of(key), shard_hash=task.tar_hash)
 
 
-def _check_object(dataset: Store, key_or_url: str, size_bytes: int, tag: str | None) -> None:
+def _is_adopted(tar: str) -> bool:
+    return "://" in tar
+
+
+def samples_to_decode(index: pa.Table, seed: bytes) -> dict[str, dict[str, Any]]:
+    """The samples to decode, by key: the first that was decoded once, and some others.
+
+    The same ones every time, so that what was found can be found again.
+    """
+    decodable = pc.and_(pc.equal(index["status"], "ok"), pc.is_valid(index["phash"]))
+    rows = index.filter(decodable)
+    others = range(1, len(rows))
+    chosen = random.Random(seed).sample(others, min(DECODED_SAMPLES - 1, len(others)))
+    taken = rows.take(pa.array(sorted([*range(len(rows))[:1], *chosen]), pa.int64()))
+    return {row["key"]: row for row in taken.to_pylist()}
+
+
+def _decode(sample: Sample, row: dict[str, Any], task: ShardTask) -> None:
+    """Decode a sample, under caps that let pass what was packed under higher ones."""
+    try:
+        pixels = decode_rgb(
+            sample.data,
+            max_pixels=max(MAX_PIXELS, row["width"] * row["height"]),
+            max_bytes=max(MAX_BYTES, row["length"]),
+        )
+    except SampleError as error:
+        raise ShardError(
+            f"{task.tar}: sample {sample.key} does not decode: {error}; it did when it was packed, "
+            "so compare the versions of Pillow and simplejpeg, or drop it: "
+            "`python -m shard_tools mask`"
+        ) from None
+    if pixels.shape[:2] != (row["height"], row["width"]):
+        raise ShardError(
+            f"{task.tar}: sample {sample.key} has {pixels.shape[1]}x{pixels.shape[0]} pixels, "
+            f"recorded were {row['width']}x{row['height']}"
+        )
+
+
+def _check_object(dataset: Store, key_or_url: str, size_bytes: int | None, tag: str | None) -> None:
     store, key = resolve(dataset, key_or_url)
     info = store.head(key)
     if info is None:
         raise ObjectMissingError(f"{store.url_of(key)}: there is no such object")
-    if info.size_bytes != size_bytes:
+    if size_bytes is not None and info.size_bytes != size_bytes:
         raise ShardError(
             f"{store.url_of(key)}: has {info.size_bytes} bytes, recorded were {size_bytes}"
         )
@@ -186,10 +263,15 @@ def _read_mask(dataset: Store, task: ShardTask) -> bytes | None:
 
 
 def _check_interoperability(dataset: Store, snapshot: Snapshot) -> int | None:
-    """Read the first and last shard that hold samples with webdataset; how many it saw."""
+    """Read our first and last shard that hold samples with webdataset; how many it saw.
+
+    What it makes of an adopted shard is for whoever wrote that.
+    """
     if importlib.util.find_spec("webdataset") is None:
         return None
-    filled = np.flatnonzero(snapshot.kept)  # webdataset takes a tar without samples for an error
+    ours = np.array([not _is_adopted(tar) for tar in snapshot.tar], dtype=bool)
+    # webdataset takes a tar without samples for an error
+    filled = np.flatnonzero(ours & (snapshot.kept > 0))
     chosen = np.unique(filled[[0, -1]]) if len(filled) else filled
     tasks = list(_tasks(dataset, snapshot.table.take(chosen), quick=False))
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:

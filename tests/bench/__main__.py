@@ -1,7 +1,8 @@
 """python -m tests.bench [--only loader.]: measure, print a table, keep it in build/bench.json.
 
-Every module beside this one that has a `rows()` is a group of measurements, named like the module;
-adding a file adds a group. Exit code 1 if a target is missed.
+Every module beside this one that has a `rows()` is measured; its rows are named after its `GROUP`
+(by default the module's own name), so adding a file adds measurements. Each module's rows are kept
+as soon as it is through. Exit code 1 if a target is missed.
 """
 
 import argparse
@@ -10,11 +11,12 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tests.bench
-from tests.bench.rows import Row, merge, table
+from tests.bench.rows import merge, table
 
 RESULTS = Path("build/bench.json")
 
@@ -24,24 +26,27 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="PREFIX", help="only rows so named: loader.")
     prefix = parser.parse_args().only
     torch.set_num_threads(1)
-    measured = [row for row in measure(prefix) if row.name.startswith(prefix)]
+    measured = []
+    for group in groups(prefix):
+        print(f"measuring {group.__name__}", file=sys.stderr)
+        rows = [row for row in group.rows() if row.name.startswith(prefix)]
+        merge(RESULTS, rows)
+        measured += rows
     if not measured:
         parser.error(f"no row starts with {prefix!r}")
-    merge(RESULTS, measured, prefix=prefix)
     print(table(measured))
     return int(any(row.ok is False for row in measured))
 
 
-def measure(prefix: str) -> Iterator[Row]:
-    """The rows of every group that may hold a name with this prefix."""
-    for module in pkgutil.iter_modules(tests.bench.__path__):
-        group = f"{module.name}."
-        if module.name.startswith("__") or not _overlap(group, prefix):
+def groups(prefix: str) -> Iterator[Any]:
+    """The modules that may hold a row whose name has this prefix."""
+    for found in pkgutil.iter_modules(tests.bench.__path__):
+        if found.name.startswith("__"):
             continue
-        rows = getattr(importlib.import_module(f"tests.bench.{module.name}"), "rows", None)
-        if rows is not None:
-            print(f"measuring {group}*", file=sys.stderr)
-            yield from rows()
+        module = importlib.import_module(f"tests.bench.{found.name}")
+        name = getattr(module, "GROUP", f"{found.name}.")
+        if hasattr(module, "rows") and _overlap(name, prefix):
+            yield module
 
 
 def _overlap(group: str, prefix: str) -> bool:

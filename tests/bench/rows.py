@@ -12,18 +12,21 @@ _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": ope
 
 @dataclass(frozen=True)
 class Row:
-    """A result, named `group.what`; `target` is like ">= 7", or empty if nothing is demanded."""
+    """A result, named `group.what`; `target` is like ">= 7", or empty if nothing is demanded.
+
+    A value of None could not be measured here; the note says why.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     target: str = ""
     note: str = ""
 
     @property
     def ok(self) -> bool | None:
-        """Whether the target is met; None without one."""
-        if not self.target:
+        """Whether the target is met; None without one, or without a value."""
+        if not self.target or self.value is None:
             return None
         comparison, bound = self.target.split()
         return bool(_COMPARISONS[comparison](self.value, float(bound)))
@@ -32,13 +35,14 @@ class Row:
         return {**asdict(self), "ok": self.ok}
 
 
-def merge(path: Path, rows: Iterable[Row], *, prefix: str = "") -> None:
-    """Write the rows to a JSON list, in place of all whose names have the prefix; others stay."""
-    fresh = [row.as_json() for row in rows]
+def merge(path: Path, rows: Iterable[Row]) -> None:
+    """Write the rows to a JSON list, in place of those of the same name; others stay."""
+    fresh = {row.name: row.as_json() for row in rows}
     kept = json.loads(path.read_text()) if path.exists() else []
-    kept = [row for row in kept if not row["name"].startswith(prefix)]
+    kept = [row for row in kept if row["name"] not in fresh]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept + fresh, indent=2, ensure_ascii=False) + "\n")
+    merged = [*kept, *fresh.values()]
+    path.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
 
 def table(rows: Iterable[Row]) -> str:
@@ -50,4 +54,5 @@ def table(rows: Iterable[Row]) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     verdict = {True: "ok", False: "MISSED", None: ""}[row.ok]
-    return (row.name, f"{row.value:.4g}", row.unit, row.target, verdict, row.note)
+    value = "not measured" if row.value is None else f"{row.value:.4g}"
+    return (row.name, value, row.unit, row.target, verdict, row.note)

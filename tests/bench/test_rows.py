@@ -12,20 +12,27 @@ from tests.bench.rows import Row, merge, table
 
 @pytest.mark.parametrize(
     ("value", "target", "ok"),
-    [(7.0, ">= 7", True), (6.9, ">= 7", False), (2.5, "<= 2.5", True), (1.0, "", None)],
+    [
+        (7.0, ">= 7", True),
+        (6.9, ">= 7", False),
+        (2.5, "<= 2.5", True),
+        (1.0, "", None),
+        (None, ">= 7", None),
+    ],
 )
-def test_targets(value: float, target: str, ok: bool | None) -> None:
+def test_targets(value: float | None, target: str, ok: bool | None) -> None:
     assert Row("a.b", value, "x", target).ok is ok
 
 
-def test_measured_rows_replace_those_of_their_prefix(tmp_path: Path) -> None:
+def test_measured_rows_replace_those_of_their_name(tmp_path: Path) -> None:
     path = tmp_path / "build" / "bench.json"
-    merge(path, [Row("a.one", 1, "x"), Row("a.two", 2, "x"), Row("b.one", 3, "x")])
-    merge(path, [Row("a.three", 4, "x", ">= 5")], prefix="a.")
+    merge(path, [Row("a.one", 1, "x"), Row("b.one", 3, "x")])
+    merge(path, [Row("a.one", 4, "x", ">= 5"), Row("a.two", None, "x", note="not to be had")])
     rows = json.loads(path.read_text())
     assert [(row["name"], row["value"], row["ok"]) for row in rows] == [
         ("b.one", 3, None),
-        ("a.three", 4, False),
+        ("a.one", 4, False),
+        ("a.two", None, None),
     ]
 
 

@@ -12,11 +12,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 from skimage import data as photographs
 
 from pipeline import decode
-from pipeline.decode import decode_rgb, exif_orientation, guard_header, perceptual_hash
+from pipeline.decode import (
+    decode_grey,
+    decode_pixels,
+    decode_rgb,
+    exif_orientation,
+    guard_header,
+    hash_grey,
+    is_animated,
+    perceptual_hash,
+    to_grey,
+)
 from pipeline.errors import SampleError
 
 # As decode.py asks for, which pytest undoes.
@@ -58,17 +68,21 @@ def reason_of(function: Any, data: bytes, **limits: int) -> str:
     return caught.value.reason
 
 
-def png_header(width_px: int, height_px: int) -> bytes:
-    """A PNG that says it is that large, with hardly any pixels behind it."""
+def png(header: bytes, pixels: bytes, *extra: tuple[bytes, bytes]) -> bytes:
+    """A PNG of the given IHDR body and uncompressed scan lines, with extra chunks before them."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         )
 
-    header = struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + chunks + chunk(b"IEND", b"")
+    parts = [(b"IHDR", header), *extra, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def png_header(width_px: int, height_px: int) -> bytes:
+    """A PNG that says it is that large, with hardly any pixels behind it."""
+    return png(struct.pack(">IIBBBBB", width_px, height_px, 8, 2, 0, 0, 0), bytes(1000))
 
 
 @pytest.mark.parametrize("image_format", FILES)
@@ -114,6 +128,36 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     np.testing.assert_array_equal(grey, [0, 0, 1, 1, 128, 255])
 
 
+def test_sixteen_bit_colour_keeps_its_high_byte() -> None:
+    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
+    data = png(header, b"\0" + struct.pack(">HHH", 0x12FF, 0x8000, 0xFE01))
+    np.testing.assert_array_equal(decode_rgb(data), [[[0x12, 0x80, 0xFE]]])
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        (b"gAMA", struct.pack(">I", 100_000)),
+        (b"cHRM", struct.pack(">8I", *range(10_000, 90_000, 10_000))),
+        (b"tEXt", b"Comment\0\xff\xfe"),
+        (b"eXIf", b"garbage"),
+    ],
+)
+def test_chunks_beside_the_pixels_change_nothing(extra: tuple[bytes, bytes]) -> None:
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+    np.testing.assert_array_equal(
+        decode_rgb(png(header, b"\0\x01\x80\xfe", extra)), [[[1, 128, 254]]]
+    )
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("profile", ["a real one", "garbage"])
+def test_colour_profiles_are_ignored(image_format: str, profile: str) -> None:
+    body = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    with_profile = encode(PHOTO, image_format, icc_profile=body if profile[0] == "a" else b"x" * 50)
+    np.testing.assert_array_equal(decode_rgb(with_profile), decode_rgb(encode(PHOTO, image_format)))
+
+
 def test_alpha_is_composited_on_white() -> None:
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, 3] = 0, 128, 255
@@ -151,6 +195,22 @@ def test_first_frame_of_several(image_format: str) -> None:
         frames[0], image_format, save_all=True, append_images=frames[1:], **{"lossless": True}
     )
     np.testing.assert_array_equal(decode_rgb(data)[0, 0], [255, 0, 0])
+    assert is_animated(data, guard_header(data))
+
+
+@pytest.mark.parametrize("image_format", FILES)
+def test_one_frame(image_format: str) -> None:
+    data = FILES[image_format]
+    assert not is_animated(data, guard_header(data))
+
+
+def test_an_animated_avif_has_a_brand_of_its_own() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    data = encode(frames[0], "AVIF", save_all=True, append_images=frames[1:])
+    assert data[4:12] == b"ftypavis"
+    assert guard_header(data) == decode.ImageHeader(16, 16, "AVIF")
+    assert is_animated(data, guard_header(data))
+    assert np.abs(decode_rgb(data).astype(int) - [254, 0, 0]).max() < 8
 
 
 def test_one_bit() -> None:
@@ -302,6 +362,11 @@ def test_pillow_turns_tiff_so_nothing_is_left_to_do() -> None:
     assert decode_rgb(data).shape == (300, 220, 3)
 
 
+def test_orientation_may_stand_in_xmp() -> None:
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert exif_orientation(encode(PHOTO, "JPEG", xmp=xmp)) == 6
+
+
 @pytest.mark.parametrize("exif", [b"", b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff"])
 def test_broken_exif_is_upright(exif: bytes) -> None:
     data = encode(PHOTO, "JPEG", exif=exif)
@@ -338,6 +403,42 @@ def test_hash_reads_left_to_right() -> None:
     ramp = np.tile(np.arange(0, 252, 28, dtype=np.uint8), (8, 1))
     assert perceptual_hash(encode(ramp, "PNG")) == 2**64 - 1
     assert perceptual_hash(encode(ramp[:, ::-1].copy(), "PNG")) == 0
+
+
+@pytest.mark.parametrize("image_format", FILES)
+def test_hash_in_steps(image_format: str) -> None:
+    data = FILES[image_format]
+    grey = decode_grey(data, guard_header(data))
+    assert hash_grey(grey) == perceptual_hash(data)
+    if image_format != "JPEG":  # which comes out reduced
+        np.testing.assert_array_equal(grey, to_grey(decode_rgb(data)))
+
+
+def test_a_jpeg_decodes_at_no_less_than_is_asked_for() -> None:
+    header = guard_header(JPEG)
+    for minimum in ((1, 1), (100, 100), (150, 110), (151, 1), (300, 220), (0, 0), (900, 900)):
+        pixels = decode_pixels(JPEG, header, min_width_px=minimum[0], min_height_px=minimum[1])
+        width, height = (300, 220) if minimum in ((0, 0), (900, 900)) else minimum
+        assert height <= pixels.shape[0] <= 220
+        assert width <= pixels.shape[1] <= 300
+    half = decode_pixels(JPEG, header, min_width_px=150, min_height_px=110)
+    small = np.asarray(Image.fromarray(PHOTO).resize((150, 110), Image.Resampling.BOX))
+    assert half.shape == (110, 150, 3)
+    assert np.abs(half.astype(int) - small).mean() < 6
+
+
+@pytest.mark.parametrize("image_format", FILES)
+def test_only_jpegs_come_out_reduced(image_format: str) -> None:
+    data = FILES[image_format]
+    pixels = decode_pixels(data, guard_header(data), min_width_px=30, min_height_px=22)
+    assert (pixels.shape == (220, 300, 3)) == (image_format != "JPEG")
+
+
+@given(cut=st.integers(min_value=700, max_value=len(JPEG) - 1))
+@settings(max_examples=50, deadline=None)
+def test_a_reduced_jpeg_is_read_to_its_end(cut: int) -> None:
+    with pytest.raises(SampleError, match="truncated"):
+        decode_pixels(JPEG[:cut], guard_header(JPEG), min_width_px=40, min_height_px=40)
 
 
 def test_decode_never_reaches_torch() -> None:

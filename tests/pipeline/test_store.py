@@ -20,7 +20,17 @@ from pipeline.errors import (
     StoreError,
     UsageError,
 )
-from pipeline.store import PART_BYTES, Store, list_files, open_store, read_file, resolve
+from pipeline.store import (
+    PART_BYTES,
+    ObjectWriter,
+    Store,
+    find_file,
+    list_files,
+    open_store,
+    open_stream,
+    read_file,
+    resolve,
+)
 from tests.support.s3_server import S3Server
 
 
@@ -136,6 +146,21 @@ def test_reader(store: Store) -> None:
     assert reader.read(1) == b""
 
 
+def test_reader_that_skips(store: Store) -> None:
+    body = os.urandom(3 * PART_BYTES + 5000)
+    with store.writer("object") as writer:
+        writer.write(body)
+    reader = store.reader("object", len(body), tag=writer.info.tag)
+    position = 0
+    for skipped, length in [(0, 10), (100, 7), (PART_BYTES, 3), (PART_BYTES + 1, 70_000), (0, 9)]:
+        reader.skip(skipped)
+        position += skipped
+        assert reader.read(length) == body[position : position + length]
+        position += length
+    reader.skip(len(body))
+    assert reader.read(1) == b""
+
+
 def test_missing(store: Store) -> None:
     assert store.head("no") is None
     with pytest.raises(
@@ -210,6 +235,28 @@ def test_relative_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     open_store("data/../set").put_if_absent("key", b"x")
     assert (tmp_path / "set" / "key").read_bytes() == b"x"
+
+
+def test_unfinished_writes(store: Store) -> None:
+    def begin(key: str) -> ObjectWriter:
+        writer = store.writer(key)
+        writer.__enter__()
+        writer.write(bytes(6 * PART_BYTES))
+        return writer
+
+    store.put_if_absent("a/whole", b"x")
+    writers = [begin("a/one"), begin("b/two")]
+    while len(found := {write.key: write for write in store.unfinished()}) < 2:
+        time.sleep(0.01)
+    assert set(found) == {"a/one", "b/two"}
+    assert all(abs(write.begun.timestamp() - time.time()) < 60 for write in found.values())
+    store.abort(found["a/one"])
+    store.abort(found["a/one"])
+    assert {write.key for write in store.unfinished()} == {"b/two"}
+    assert keys(store) == {"a/whole"}
+    for writer in writers:
+        writer.__exit__(KeyError, KeyError(), None)
+    assert list(store.unfinished()) == []
 
 
 # ----------------------------------------------------------------------------------------
@@ -344,6 +391,48 @@ def test_other_filesystems() -> None:
     files = sorted(list_files("memory://images"), key=lambda file: file.path)
     assert [(f.path, f.size_bytes) for f in files] == [("2.jpg", 4), ("a/1.jpg", 3)]
     assert [read_file(f.url) for f in files] == [b"two!", b"one"]
+
+
+@pytest.mark.parametrize("kind", ["file", "s3", "memory", "awkward"])
+def test_streams(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """One file of any store, read forward; an S3 key that is no path, too."""
+    import fsspec
+
+    body = os.urandom(100_000)
+    if kind == "memory":
+        fsspec.filesystem("memory").pipe("/streams/x", body)
+        url = "memory://streams/x"
+    else:
+        folder = str(tmp_path) if kind == "file" else str(request.getfixturevalue("s3_url"))
+        url = f"{folder}/x"
+        with open_store(folder).writer("x") as writer:
+            writer.write(body)
+    if kind == "awkward":
+        url = copy_to_awkward_key(request.getfixturevalue("s3"), url)
+    file = find_file(url)
+    assert file is not None
+    with open_stream(url, file.size_bytes, tag=file.tag) as stream:
+        assert stream.read(10) == body[:10]
+        stream.skip(50_000)
+        assert stream.read(10) == body[50_010:50_020]
+        assert stream.read(10**6) == body[50_020:]
+        assert stream.read(1) == b""
+
+
+def copy_to_awkward_key(s3: S3Server, url: str) -> str:
+    client = botocore.session.Session().create_client(
+        "s3", endpoint_url=s3.url, config=Config(s3={"addressing_style": "path"})
+    )
+    key = url.removeprefix("s3://cropstream/")
+    client.copy_object(Bucket="cropstream", Key=f"{key}#?.y/z", CopySource=f"cropstream/{key}")
+    client.close()
+    return f"{url}#?.y/z"
+
+
+def test_a_stream_of_nothing(store: Store) -> None:
+    url = store.url_of("nothing")
+    with open_stream(url, 5) as stream, pytest.raises(ObjectMissingError, match="nothing"):
+        stream.read(1)
 
 
 def test_names_that_fsspec_would_take_for_a_chain(tmp_path: Path) -> None:

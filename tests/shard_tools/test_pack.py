@@ -12,8 +12,9 @@ from pipeline.manifest import read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import Store, open_store
 from shard_tools.commits import read_unit_commit, seal
-from shard_tools.pack import UnitTask, pack, pack_unit
-from shard_tools.plan import PackSettings, make_plan
+from shard_tools.judge import ImageSettings
+from shard_tools.pack import PackOptions, UnitTask, pack, pack_unit
+from shard_tools.plan import PackSettings, Plan, make_plan
 from tests.shard_tools.conftest import ROOT, write_images, write_odd_ones
 
 
@@ -28,25 +29,28 @@ def store(tmp_path: Path) -> Store:
     return open_store(tmp_path / "set")
 
 
+def task_of(store: Store, plan: Plan, unit: int, *, careful: bool = False) -> UnitTask:
+    options = PackOptions(filter=plan.settings.image.filter)
+    return UnitTask(
+        store.url, plan.name, plan.kind, unit, plan.settings, options, "01234567", careful
+    )
+
+
 def pack_all(source: Path, store: Store, settings: PackSettings) -> list[dict[str, object]]:
-    plan = make_plan(str(source), store, settings)
-    return pack_planned(store, plan.name, plan.num_units, settings)
+    return pack_planned(store, make_plan(str(source), store, settings))
 
 
-def pack_planned(
-    store: Store, plan: str, num_units: int, settings: PackSettings
-) -> list[dict[str, object]]:
+def pack_planned(store: Store, plan: Plan, *, careful: bool = False) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for unit in range(num_units):
-        done = pack_unit(UnitTask(store.url, plan, unit, settings))
-        assert done is not None
+    for unit in range(plan.num_units):
+        done = pack_unit(task_of(store, plan, unit, careful=careful))
         rows += read_index(store.get(done.index), where=done.index).to_pylist()
     return rows
 
 
 def test_bytes_are_kept_as_they_are(source: Path, store: Store) -> None:
     plan = make_plan(str(source), store, PackSettings())
-    rows = pack_planned(store, plan.name, 1, PackSettings())
+    rows = pack_planned(store, plan)
     tar = seal(store, plan)[0].tar[0]
     for row in rows:
         original = Path(str(row["source"]).removeprefix("file://")).read_bytes()
@@ -55,10 +59,10 @@ def test_bytes_are_kept_as_they_are(source: Path, store: Store) -> None:
 
 def test_limits(source: Path, store: Store) -> None:
     sizes = sorted(path.stat().st_size for path in source.rglob("*.*"))
-    rows = pack_all(source, store, PackSettings(max_bytes=sizes[4]))
+    rows = pack_all(source, store, PackSettings(image=ImageSettings(max_bytes=sizes[4])))
     assert [row["reason"] for row in rows].count("too large") == 4
     store = open_store(f"{store.url}-2")
-    rows = pack_all(source, store, PackSettings(max_pixels=96 * 96 - 1))
+    rows = pack_all(source, store, PackSettings(image=ImageSettings(max_pixels=96 * 96 - 1)))
     assert {row["reason"] for row in rows} == {"bomb"}
     assert all(row["width"] is None and row["offset"] is None for row in rows)
 
@@ -75,7 +79,7 @@ def test_sources_that_change_after_planning(source: Path, store: Store) -> None:
     paths = sorted(source.rglob("*.*"))
     paths[0].unlink()
     paths[1].write_bytes(paths[1].read_bytes() + b"more")
-    rows = pack_planned(store, plan.name, plan.num_units, PackSettings())
+    rows = pack_planned(store, plan)
     assert [row["reason"] for row in rows] == ["missing", "changed", *[None] * 7]
 
 
@@ -85,28 +89,28 @@ def test_a_file_that_cannot_be_read_is_a_reject(source: Path, store: Store) -> N
     path = min(source.rglob("*.*"))
     path.unlink()
     path.symlink_to("/proc/self/mem")
-    rows = pack_planned(store, plan.name, plan.num_units, PackSettings())
+    rows = pack_planned(store, plan)
     assert [row["reason"] for row in rows] == ["unreadable", *[None] * 8]
 
 
 def test_what_was_packed_before_is_told(source: Path, store: Store) -> None:
     settings = PackSettings(shard_rows=4)
     plan = make_plan(str(source), store, settings)
-    pack_unit(UnitTask(store.url, plan.name, 0, settings))
+    pack_unit(task_of(store, plan, 0))
     before: list[int] = []
-    report = pack(store, plan, workers=1, on_tick=lambda *seen: None, on_resume=before.append)
+    options = PackOptions(workers=1)
+    report = pack(store, plan, options, on_tick=lambda *seen: None, on_resume=before.append)
     assert before == [4]
     assert (report.units, report.units_before, report.units_elsewhere) == (3, 1, 0)
     assert (report.packed, report.rejected) == (5, {})
 
 
 def test_a_packed_unit_is_not_packed_again(source: Path, store: Store) -> None:
-    settings = PackSettings()
-    plan = make_plan(str(source), store, settings)
-    task = UnitTask(store.url, plan.name, 0, settings)
+    plan = make_plan(str(source), store, PackSettings())
+    task = task_of(store, plan, 0)
     done = pack_unit(task)
     assert done == read_unit_commit(store, plan.name, 0)
-    assert pack_unit(task) is None
+    assert pack_unit(task) == done
     assert len(list(store.list("data"))) == 2
     snapshot, is_new = seal(store, plan)
     assert is_new
@@ -118,12 +122,13 @@ def test_a_packed_unit_is_not_packed_again(source: Path, store: Store) -> None:
 PEAK_OF_PACKING = """
 import resource, sys
 from pipeline.store import open_store
-from shard_tools.pack import UnitTask, pack_unit
+from shard_tools.pack import PackOptions, UnitTask, pack_unit
 from shard_tools.plan import PackSettings, make_plan
 store, settings = open_store(sys.argv[2]), PackSettings()
 plan = make_plan(sys.argv[1], store, settings)
 assert plan.num_units == 1
-assert pack_unit(UnitTask(store.url, plan.name, 0, settings)).rejected == {}
+task = UnitTask(store.url, plan.name, plan.kind, 0, settings, PackOptions(), "job")
+assert pack_unit(task).rejected == {}
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """
 

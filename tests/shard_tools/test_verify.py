@@ -1,15 +1,27 @@
 """Whatever happens to a stored byte, verify says so, and where, and what was expected."""
 
+import io
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from pipeline.decode import TRUNCATED
 from pipeline.manifest import read_snapshot
-from pipeline.shards import read_index
-from pipeline.store import open_store
-from shard_tools.verify import ShardTask, ShardVerdict, verify_shard
+from pipeline.shards import BLOCK_BYTES, read_index
+from pipeline.store import Store, open_store
+from shard_tools.verify import (
+    DECODED_SAMPLES,
+    ShardTask,
+    ShardVerdict,
+    samples_to_decode,
+    verify_shard,
+)
 from tests.shard_tools.conftest import shard_tools, spawn_shard_tools, write_images
+from tests.support.snapshots import write_snapshot
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +123,76 @@ def test_several_damaged_shards_are_all_named(folder: Path) -> None:
     assert finished.code == 1
     assert "2 of 2 shards are damaged" in finished.err
     assert all(str(tar_of(folder, shard)) in finished.err for shard in (0, 1))
+
+
+# ----------------------------------------------------------------------------------------
+# images that are none, and masks
+
+
+def jpeg() -> bytes:
+    output = io.BytesIO()
+    Image.effect_noise((64, 48), 50).convert("RGB").save(output, "JPEG")
+    return output.getvalue()
+
+
+def verdict_of(store: Store, *, quick: bool = False) -> ShardVerdict:
+    [row] = read_snapshot(store).table.to_pylist()
+    return verify_shard(ShardTask(dataset=store.url, quick=quick, **row))
+
+
+def test_some_samples_are_decoded_always_the_same(folder: Path) -> None:
+    verdict = check(folder)
+    assert verdict.decoded == DECODED_SAMPLES < verdict.samples
+    store = open_store(folder)
+    [task, *_] = (
+        ShardTask(dataset=store.url, quick=False, **row)
+        for row in read_snapshot(store).table.to_pylist()
+    )
+    index = read_index(store.get(task.index), where="")
+    chosen = samples_to_decode(index, task.tar_hash)
+    assert list(chosen) == list(samples_to_decode(index, task.tar_hash))
+    assert chosen[index["key"][0].as_py()]["offset"] == BLOCK_BYTES
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"data": jpeg()[:-300]}, rf"sample \w+ does not decode: {TRUNCATED}.*mask"),
+        ({"data": jpeg(), "width": 63}, r"has 64x48 pixels, recorded were 63x48"),
+    ],
+)
+def test_an_image_that_is_not_what_the_index_says(
+    tmp_path: Path, changed: dict[str, object], words: str
+) -> None:
+    store = open_store(tmp_path)
+    rows = [{"source": "a", "data": jpeg(), "phash": 1}, {"source": "b", "phash": 2, **changed}]
+    write_snapshot(store, [rows])
+    problem = str(verdict_of(store).problem)
+    assert re.search(words, problem)
+    assert read_snapshot(store).tar[0] in problem
+    assert verdict_of(store, quick=True).problem is None
+
+
+def test_what_was_never_decoded_need_not_decode(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    write_snapshot(store, [[{"source": "a", "data": jpeg()[:-300], "phash": None}]])
+    assert verdict_of(store) == replace(verdict_of(store), problem=None, samples=1, decoded=0)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_missing_mask(tmp_path: Path, quick: bool) -> None:
+    store = open_store(tmp_path)
+    rows = [{"source": name, "data": jpeg(), "phash": 1} for name in "ab"]
+    write_snapshot(store, [rows], masks={0: [True, False]})
+    assert verdict_of(store, quick=quick).problem is None
+    mask = read_snapshot(store).mask[0]
+    store.delete(mask)
+    assert mask in str(verdict_of(store, quick=quick).problem)
+
+
+def test_a_damaged_mask(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    rows = [{"source": name, "data": jpeg(), "phash": 1} for name in "ab"]
+    write_snapshot(store, [rows], masks={0: [True, False]})
+    flip(tmp_path / read_snapshot(store).mask[0], 0)
+    assert "the mask's SHA-256" in str(verdict_of(store).problem)

@@ -1,0 +1,295 @@
+"""Many downloads at once: which starts when, and what follows from how it went.
+
+The loop's half of the downloader. READ_AHEAD_BYTES of bodies are held at most, whole or in parts:
+when three quarters are taken up no new request starts; a body that does not fit even so is dropped,
+and asked for again when there is room. The one the caller waits for is exempt, so there is always
+progress. (A body that waited half-read for room would keep its connection from others, and would
+run out of its time through no fault of the server.)
+
+A request that fails for a reason that may pass is repeated, from the URL of the list on: after a
+pause that doubles each time, of which a random part is waited ("full jitter": Brooker, Exponential
+Backoff And Jitter, 2015), or after as long as the server asks for, and then its whole host is left
+alone that long.
+"""
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from pipeline.errors import SampleError
+from shard_tools.hosts import HostQueue
+from shard_tools.request import (
+    TOO_MANY_REDIRECTS,
+    Client,
+    PassingError,
+    RedirectedError,
+    Target,
+)
+from shard_tools.urls import redact
+
+READ_AHEAD_BYTES = 128 * 2**20
+RETRY_AFTER_S = 60.0  # the longest that is waited
+
+_START_BYTES = READ_AHEAD_BYTES * 3 // 4
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 20.0
+_USUAL_BYTES = 64 * 1024  # a body, until it is known better
+
+
+class Download:
+    """One URL on its way. Only the loop writes to it, except for `number` and `url`."""
+
+    __slots__ = ("attempts", "expected_bytes", "held_bytes", "hops", "number", "outcome", "target",
+                 "url")  # fmt: skip
+
+    def __init__(self, number: int, url: str) -> None:
+        self.number = number
+        self.url = url
+        self.target: Target | None = None
+        self.attempts = 0
+        self.hops = 0
+        self.expected_bytes = 0  # known from an answer that did not fit
+        self.held_bytes = 0  # of the bound on what is read ahead
+        self.outcome: bytes | BaseException | None = None
+
+
+class _NoRoomError(Exception):
+    """A body of so many bytes does not fit into what is read ahead."""
+
+    def __init__(self, num_bytes: int) -> None:
+        super().__init__()
+        self.num_bytes = num_bytes
+
+
+class Crawl:
+    """The loop's side: which download starts when, and what follows from how it went.
+
+    `call` and `take` are for the caller's thread, all else runs in the loop.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        queue: HostQueue[Download],
+        concurrency: int,
+        retries: int,
+        max_redirects: int,
+    ) -> None:
+        self._client = client
+        self._queue = queue
+        self._concurrency = concurrency
+        self._retries = retries
+        self._max_redirects = max_redirects
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+        self._alarm: asyncio.TimerHandle | None = None  # for a host that opens again
+        self._mean_bytes = float(_USUAL_BYTES)
+        self._held_bytes = 0  # counted up by the loop
+        self._taken_bytes = 0  # of these, counted up by the caller
+        self._is_full = False
+        self._awaited: Download | None = None  # the caller waits for it
+        self._ready = threading.Event()  # it is there
+        self._bug: Exception | None = None  # of this module's own
+
+    # The caller's side.
+
+    def call(self, function: Callable[..., None], *arguments: object) -> None:
+        """Have a method called in the loop."""
+        self._loop.call_soon_threadsafe(self._guard, function, *arguments)
+
+    def take(self, download: Download) -> bytes | SampleError:
+        """Wait for a download's outcome and take it out."""
+        if download.outcome is None:
+            self._ready.clear()
+            self.call(self._expect, download)
+            self._ready.wait()
+        outcome = self._bug if download.outcome is None else download.outcome
+        if isinstance(outcome, bytes):
+            self._taken_bytes += download.held_bytes
+            if self._is_full and self._read_ahead_bytes < _START_BYTES * 3 // 4:
+                self._is_full = False
+                self.call(self._start_waiting)
+            return outcome
+        if isinstance(outcome, SampleError):
+            return outcome
+        assert outcome is not None
+        raise outcome
+
+    # The loop's side.
+
+    async def run_until_stopped(self) -> None:
+        """Run until `stop`, then end what still runs."""
+        await self._stopped.wait()
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def stop(self) -> None:
+        """End everything."""
+        self._stopped.set()
+        if self._alarm:
+            self._alarm.cancel()
+
+    def add(self, downloads: Sequence[Download]) -> None:
+        """Take on downloads."""
+        for download in downloads:
+            try:
+                download.target = Target.parse(download.url)
+            except SampleError as error:
+                self._settle(download, error)
+            else:
+                self._enqueue(download)
+        self._start_waiting()
+
+    def drop(self, downloads: Sequence[Download]) -> None:
+        """Forget downloads whose outcome nobody wants any more: all there are."""
+        for download in downloads:
+            self._release(download)
+            if download.outcome is None:
+                download.outcome = asyncio.CancelledError()
+        for task in self._running:
+            task.cancel()
+        self._queue.clear(self._loop.time())
+
+    def _guard(self, function: Callable[..., None], *arguments: object) -> None:
+        """Call a function as the loop's callback: nobody else would see its errors."""
+        try:
+            function(*arguments)
+        except Exception as error:  # noqa: BLE001 - a bug; the caller would wait for ever
+            self._bug = error
+            self._ready.set()
+
+    def _expect(self, download: Download) -> None:
+        self._awaited = download
+        if download.outcome is not None or self._bug is not None:
+            self._ready.set()
+        else:
+            self._start_waiting()
+
+    def _enqueue(self, download: Download) -> None:
+        if download.outcome is None:  # else it was dropped meanwhile
+            assert download.target is not None
+            now = self._loop.time()
+            self._queue.push(download.target.host, download.number, download, now)
+
+    def _start_waiting(self) -> None:
+        """Start what may start."""
+        now = self._loop.time()
+        while len(self._running) < self._concurrency and not self._stopped.is_set():
+            download = self._queue.first(now)
+            if download is None:
+                self._set_alarm()
+                return
+            expected_bytes = max(download.expected_bytes, int(self._mean_bytes))
+            room_bytes = _START_BYTES - self._read_ahead_bytes
+            if expected_bytes > room_bytes and download is not self._awaited:
+                self._is_full = True
+                return
+            host, _ = self._queue.start(now)
+            self._hold(download, expected_bytes)
+            task = self._loop.create_task(self._attempt(download, host))
+            self._running.add(task)
+            task.add_done_callback(partial(self._guard, self._finish, download, host))
+
+    def _set_alarm(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        opens_at = self._queue.opens_at()
+        self._alarm = None
+        if opens_at is not None:
+            self._alarm = self._loop.call_at(opens_at, self._guard, self._start_waiting)
+
+    async def _attempt(self, download: Download, host: str) -> None:
+        """One request, and what follows from its outcome."""
+        assert download.target is not None
+        try:
+            body = await self._client.get(download.target, partial(self._hold, download))
+        except RedirectedError as redirect:
+            self._follow(download, redirect.target)
+        except PassingError as error:
+            self._repeat(download, host, error)
+        except _NoRoomError as error:
+            download.expected_bytes = 2 * error.num_bytes
+            self._release(download)
+            self._enqueue(download)
+        except SampleError as error:
+            self._settle(download, error)
+        else:
+            self._mean_bytes += (len(body) - self._mean_bytes) / 64
+            self._settle(download, body)
+
+    def _finish(self, download: Download, host: str, task: asyncio.Task[None]) -> None:
+        self._running.discard(task)
+        self._queue.finish(host, self._loop.time())
+        if task.cancelled():
+            self._release(download)
+        elif error := task.exception():  # a bug, for the caller to see
+            self._settle(download, error)
+        self._start_waiting()
+
+    def _follow(self, download: Download, target: Target) -> None:
+        self._release(download)
+        download.hops += 1
+        download.target = target
+        if download.hops > self._max_redirects:
+            what = f"{redact(download.url)}: more than {self._max_redirects}"
+            self._settle(download, SampleError(TOO_MANY_REDIRECTS, what))
+        else:
+            self._enqueue(download)
+
+    def _repeat(self, download: Download, host: str, error: PassingError) -> None:
+        """Begin again from the first URL, some time later."""
+        self._release(download)
+        download.attempts += 1
+        wait_s = error.retry_after_s
+        too_long = wait_s is not None and wait_s > RETRY_AFTER_S
+        if too_long or download.attempts > self._retries:
+            self._settle(download, error.sample_error)
+            return
+        download.hops = 0
+        download.target = Target.parse(download.url)
+        if wait_s is not None:
+            self._queue.close_until(host, self._loop.time() + wait_s)
+            self._enqueue(download)
+            return
+        longest_s = min(_FIRST_PAUSE_S * 2 ** (download.attempts - 1), _LAST_PAUSE_S)
+        wait_s = random.uniform(0, longest_s)
+        self._loop.call_later(wait_s, self._guard, self._again, download)
+
+    def _again(self, download: Download) -> None:
+        self._enqueue(download)
+        self._start_waiting()
+
+    def _settle(self, download: Download, outcome: bytes | BaseException) -> None:
+        """A download is done, with its body or an error."""
+        self._release(download)
+        if download.outcome is not None:  # dropped
+            return
+        if isinstance(outcome, bytes):
+            download.held_bytes = len(outcome)
+            self._held_bytes += len(outcome)
+        download.outcome = outcome
+        if download is self._awaited:
+            self._awaited = None
+            self._ready.set()
+
+    @property
+    def _read_ahead_bytes(self) -> int:
+        return self._held_bytes - self._taken_bytes
+
+    def _hold(self, download: Download, num_bytes: int) -> None:
+        """Count a body that is at least this long. Raises _NoRoomError if it must wait."""
+        more_bytes = num_bytes - download.held_bytes
+        if more_bytes <= 0:
+            return
+        if self._read_ahead_bytes + more_bytes > READ_AHEAD_BYTES and download is not self._awaited:
+            raise _NoRoomError(num_bytes)
+        self._held_bytes += more_bytes
+        download.held_bytes = num_bytes
+
+    def _release(self, download: Download) -> None:
+        self._held_bytes -= download.held_bytes
+        download.held_bytes = 0

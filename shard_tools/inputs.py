@@ -1,0 +1,199 @@
+"""The bytes of a unit's inputs, in order: read ahead from stores, downloaded, or out of tars."""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.decode import TOO_LARGE
+from pipeline.errors import ObjectMissingError, SampleError, StoreError, UsageError
+from pipeline.store import SourceFile, read_file
+from shard_tools.download import Downloader, DownloadSettings
+from shard_tools.lists import read_urls
+from shard_tools.sources import Kind, PlannedInput
+from shard_tools.tars import read_tar_file
+from shard_tools.urls import redact
+
+MISSING = "missing"  # gone since the plan was made
+CHANGED = "changed"  # not what was planned
+UNREADABLE = "unreadable"  # a local file that may not, or cannot, be read
+
+READ_AHEAD_BYTES = 64 * 2**20  # a worker
+READERS = 8  # requests at once, a worker
+GROUP_FILES, GROUP_BYTES = 16, 2 * 2**20  # local files that a thread reads in one go
+
+
+@dataclass(slots=True)
+class Arrival:
+    """One input: its number in the plan, what the index says of it, its bytes or why not."""
+
+    row: int
+    columns: dict[str, Any]
+    data: bytes | SampleError
+
+
+def read_inputs(
+    planned: Sequence[PlannedInput],
+    kind: Kind,
+    *,
+    max_bytes: int,
+    url_column: str | None,
+    download: DownloadSettings,
+) -> Iterator[Arrival]:
+    """Every input of a unit, in order; of tars, every image in them.
+
+    Raises StoreError if a store fails; what is wrong with one input becomes its SampleError.
+    """
+    if kind == "urls":
+        yield from _download(planned, download, url_column, max_bytes)
+    elif kind == "tars":
+        for piece in planned:
+            yield from _unpack(piece, max_bytes)
+    else:
+        yield from _read_ahead(planned, max_bytes)
+
+
+def described(planned: PlannedInput) -> dict[str, Any]:
+    """The index columns that are known before an input is read."""
+    return {**planned.columns, "source": planned.source, "label": planned.label}
+
+
+# ----------------------------------------------------------------------------------------
+# files
+
+
+def _read_ahead(files: Sequence[PlannedInput], max_bytes: int) -> Iterator[Arrival]:
+    """Every file, several being read at once meanwhile."""
+    pending: deque[tuple[int, Future[list[Arrival]]]] = deque()
+    ahead_bytes = 0
+    with ThreadPoolExecutor(READERS) as readers:
+        for group in _groups(files):
+            size = sum(min(file.size_bytes or 0, max_bytes) for file in group)
+            while pending and (
+                ahead_bytes + size > READ_AHEAD_BYTES or len(pending) >= 2 * READERS
+            ):
+                first_size, first = pending.popleft()
+                ahead_bytes -= first_size
+                yield from first.result()
+            pending.append((size, readers.submit(_read_group, group, max_bytes)))
+            ahead_bytes += size
+        for _, first in pending:
+            yield from first.result()
+
+
+def _groups(files: Sequence[PlannedInput]) -> Iterator[Sequence[PlannedInput]]:
+    """What one thread reads at a time: reading a local file costs less than handing it over."""
+    group: list[PlannedInput] = []
+    group_bytes = 0
+    for file in files:
+        group.append(file)
+        group_bytes += file.size_bytes or 0
+        is_local = file.source.startswith("file://")
+        if not is_local or len(group) >= GROUP_FILES or group_bytes >= GROUP_BYTES:
+            yield group
+            group, group_bytes = [], 0
+    if group:
+        yield group
+
+
+def _read_group(files: Sequence[PlannedInput], max_bytes: int) -> list[Arrival]:
+    return [Arrival(file.row, described(file), _bytes_or_error(file, max_bytes)) for file in files]
+
+
+def _bytes_or_error(file: PlannedInput, max_bytes: int) -> bytes | SampleError:
+    try:
+        return _read(file, max_bytes)
+    except SampleError as error:
+        return error
+
+
+def _read(file: PlannedInput, max_bytes: int) -> bytes:
+    """A file's bytes.
+
+    Raises SampleError if it is too large, gone, unreadable on its disk, or not what was planned;
+    StoreError if a store fails.
+    """
+    planned_bytes = file.size_bytes
+    if planned_bytes is not None and planned_bytes > max_bytes:
+        raise SampleError(TOO_LARGE, f"{planned_bytes} bytes, allowed are {max_bytes}")
+    try:
+        data = read_file(file.source)
+        if planned_bytes not in (None, len(data)):  # some clients pass a cut body as success
+            data = read_file(file.source)
+    except ObjectMissingError as error:
+        raise SampleError(MISSING, str(error)) from None
+    except StoreError as error:
+        if not file.source.startswith("file://"):  # elsewhere it is the store that fails
+            raise
+        raise SampleError(UNREADABLE, str(error)) from None
+    if planned_bytes not in (None, len(data)):
+        raise SampleError(CHANGED, f"{len(data)} bytes, planned were {planned_bytes}")
+    return data
+
+
+# ----------------------------------------------------------------------------------------
+# URLs
+
+
+def _download(
+    planned: Sequence[PlannedInput],
+    settings: DownloadSettings,
+    url_column: str | None,
+    max_bytes: int,
+) -> Iterator[Arrival]:
+    urls = _whole_urls(planned, url_column)
+    with Downloader(settings, max_bytes=max_bytes) as downloader:
+        fetched = downloader.fetch(urls.get(item.row, item.source) for item in planned)
+        for item, data in zip(planned, fetched, strict=True):
+            yield Arrival(item.row, described(item), data)
+
+
+def _whole_urls(planned: Sequence[PlannedInput], url_column: str | None) -> dict[int, str]:
+    """By row, the URLs of which the plan has only the redacted form: from their lists.
+
+    Raises UsageError if a list has changed since the plan was made.
+    """
+    wanted: dict[str, dict[int, PlannedInput]] = defaultdict(dict)
+    for item in planned:
+        if item.origin is not None:
+            listing, _, position = item.origin.rpartition("#")
+            wanted[listing][int(position)] = item
+    whole = {}
+    for listing, items in wanted.items():
+        found = read_urls(listing, items, url_column)
+        for number, item in items.items():
+            url = found.get(number, "")
+            if redact(url) != item.source:
+                raise UsageError(
+                    f"{listing} has changed since the plan was made: its row {number} was "
+                    f"{item.source}; put the old list back, or plan the new one: --new-plan"
+                )
+            whole[item.row] = url
+    return whole
+
+
+# ----------------------------------------------------------------------------------------
+# tars
+
+
+def _unpack(piece: PlannedInput, max_bytes: int) -> Iterator[Arrival]:
+    """The images of a tar, or of a piece of it."""
+    members = read_tar_file(
+        tar_file(piece),
+        start_bytes=piece.start_bytes or 0,
+        end_bytes=piece.end_bytes,
+        max_bytes=max_bytes,
+    )
+    for number, member in enumerate(members):
+        columns = {"label": None, **member.columns, "source": f"{piece.source}#{member.name}"}
+        data = member.problem if member.data is None else member.data
+        assert data is not None
+        yield Arrival(piece.row + number, columns, data)
+
+
+def tar_file(piece: PlannedInput) -> SourceFile:
+    """The tar of a plan's input, as it was listed."""
+    assert piece.size_bytes is not None
+    assert piece.tag is not None
+    return SourceFile(piece.source, piece.source, piece.size_bytes, piece.tag)

@@ -1,0 +1,78 @@
+"""Another try of what was rejected: timeouts, hosts that were down, files that had gone.
+
+The rejects of a snapshot that have a given reason become the inputs of a new plan, one for each
+plan they come from, with that plan's settings. Sealing it appends their shards and, in the same
+commit, clears the old rejects' bits in their shards' masks: every input still has one row that
+counts. What fails again is a reject of the new shards, and can be tried again.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from itertools import chain
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import UsageError
+from pipeline.manifest import Snapshot
+from pipeline.shards import row_of_key
+from pipeline.store import Store
+from shard_tools.indexes import read_rows
+from shard_tools.plan import RETRY, SHARD_URLS, Plan, plan_inputs, read_plan, read_unit
+from shard_tools.sources import PlannedInput
+
+
+def plan_retry(dataset: Store, snapshot: Snapshot, reasons: Collection[str]) -> list[Plan]:
+    """Plan another try of a snapshot's rejects; a retry that was interrupted is found again.
+
+    Raises UsageError, naming the reasons that there are, if no reject has one of these.
+    """
+    plans = []
+    for name in snapshot.plans:
+        plan = read_plan(dataset, name)
+        if plan.kind not in ("files", "urls"):
+            continue  # a tar's damage does not mend
+        inputs = _rejected_inputs(dataset, snapshot, plan, reasons)
+        if (first := next(inputs, None)) is not None:
+            plans.append(_plan(dataset, snapshot, plan, chain([first], inputs)))
+    if not plans:
+        raise UsageError(
+            f"version {snapshot.version} of {dataset.url} has no rejects with the reason "
+            f"{' or '.join(sorted(reasons))} that can be tried again; what there is: "
+            f"`python -m shard_tools stats {dataset.url}`"
+        )
+    return plans
+
+
+def unit_of(tar: str, plan: str) -> int | None:
+    """The unit of `plan` that a shard was packed from; None if it was not."""
+    match = re.fullmatch(r"data/../([0-9a-f]{8})-(\d{8})-[0-9a-f]+\.tar", tar)
+    return int(match[2]) if match is not None and match[1] == plan[:8] else None
+
+
+def _plan(dataset: Store, snapshot: Snapshot, plan: Plan, inputs: Iterator[PlannedInput]) -> Plan:
+    settings = replace(plan.settings, shard_rows=plan.settings.shard_rows or SHARD_URLS)
+    source = f"{RETRY}{plan.name}@{snapshot.version}"
+    return plan_inputs(inputs, dataset, settings, kind=plan.kind, source=source)
+
+
+def _rejected_inputs(
+    dataset: Store, snapshot: Snapshot, plan: Plan, reasons: Collection[str]
+) -> Iterator[PlannedInput]:
+    asked = pa.array(sorted(reasons), pa.string())
+    number = 0
+    for shard in range(len(snapshot)):
+        unit = unit_of(snapshot.tar[shard], plan.name)
+        if unit is None:
+            continue
+        rows = read_rows(dataset, snapshot, shard)
+        wanted = rows.rejected & pc.is_in(rows.table["reason"], value_set=asked).to_numpy()
+        if not wanted.any():
+            continue
+        by_row = {planned.row: planned for planned in read_unit(dataset, plan.name, unit)}
+        for key in rows.table["key"].filter(wanted).to_pylist():
+            # Sizes and times may be others by now: what is there is what is packed.
+            before = by_row[row_of_key(key)]
+            yield replace(before, row=number, size_bytes=None, tag=None, replaces=key)
+            number += 1

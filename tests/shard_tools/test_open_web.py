@@ -1,0 +1,217 @@
+"""The command line over what the open web offers: URL lists, tars, shards of others."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from pipeline.fetch import RawSample, SampleReader
+from pipeline.manifest import Snapshot, read_snapshot
+from pipeline.shards import read_index
+from pipeline.store import open_store
+from pipeline.telemetry import Telemetry
+from tests.shard_tools.conftest import shard_tools
+from tests.support.dataset import pictures
+from tests.support.http_server import HttpServer, Page
+
+QUICK = ("--allow-private", "--retries", "0", "--timeout", "2", "--workers", "1", "--json")
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    return pictures(8)
+
+
+@pytest.fixture
+def web(images: list[bytes]) -> Iterator[HttpServer]:
+    pages: dict[str, bytes | list[Page]] = {f"/{n}.jpg": body for n, body in enumerate(images)}
+    pages["/late.jpg"] = [Page(images[0], wait_s=5), Page(images[0])]
+    pages["/robots.jpg"] = [Page(images[0], headers=[("X-Robots-Tag", "noai")])]
+    with HttpServer(pages) as server:
+        yield server
+
+
+def rows_of(dataset: Path | str, snapshot: Snapshot | None = None) -> list[dict[str, Any]]:
+    store = open_store(dataset)
+    snapshot = snapshot or read_snapshot(store)
+    indexes = [read_index(store.get(key), where=key) for key in snapshot.index]
+    return [row for index in indexes for row in index.to_pylist()]
+
+
+def test_from_urls_to_a_snapshot(web: HttpServer, images: list[bytes], tmp_path: Path) -> None:
+    lines = [
+        {"url": web.url("/0.jpg"), "caption": "zéro", "label": "a"},
+        {"url": web.url("/gone.jpg"), "caption": "one"},
+        {"url": web.url("/late.jpg").replace("//", "//me:word@"), "caption": "two"},
+        {"url": web.url("/robots.jpg")},
+        {"url": web.url("/3.jpg?sig=secret&se=1&sp=r&size=2")},
+        {"url": "file:///etc/passwd"},
+        {"url": None},
+    ]
+    listing = tmp_path / "in.jsonl"
+    listing.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    web.add("/3.jpg?sig=secret&se=1&sp=r&size=2", Page(images[3]))
+    packed = shard_tools("pack", str(listing), str(tmp_path / "set"), *QUICK).json()
+    assert packed["packed"] == 2
+    assert packed["rejected"] == {
+        "http 404": 1, "timeout": 1, "opted out": 1, "bad url": 2
+    }  # fmt: skip
+    rows = rows_of(tmp_path / "set")
+    assert [row["source"] for row in rows] == [
+        web.url("/0.jpg"),
+        web.url("/gone.jpg"),
+        web.url("/late.jpg"),
+        web.url("/robots.jpg"),
+        web.url("/3.jpg?size=2"),
+        "file:///etc/passwd",
+        "",
+    ]
+    assert [row["caption"] for row in rows[:3]] == ["zéro", "one", "two"]
+    assert rows[0]["label"] == "a"
+    for info in (store := open_store(tmp_path / "set")).list():
+        assert not any(secret in store.get(info.key) for secret in (b"word", b"secret"))
+    again = shard_tools("retry", str(tmp_path / "set"), "--reason", "timeout", *QUICK).json()
+    assert (again["packed"], again["rejected"], again["snapshot"]) == (1, {}, 2)
+    assert [row["caption"] for row in rows_of(tmp_path / "set")[7:]] == ["two"]
+    stats = shard_tools("stats", str(tmp_path / "set"), "--json").json()
+    assert (stats["images"], stats["rejected"]) == (
+        3,
+        {"bad url": 2, "http 404": 1, "opted out": 1},
+    )
+    nothing = shard_tools("retry", str(tmp_path / "set"), "--reason", "timeout", *QUICK)
+    assert (nothing.code, "no rejects with the reason timeout" in nothing.err) == (2, True)
+    assert shard_tools("verify", str(tmp_path / "set"), "--json").json()["samples"] == 3
+
+
+def test_a_list_that_changes_under_its_plan(web: HttpServer, tmp_path: Path) -> None:
+    """A signature is not in the plan, so the list must still be there, and say the same."""
+    listing = tmp_path / "in.txt"
+    listing.write_text(web.url("/0.jpg?sig=a&se=1&sp=r\n"))
+    assert shard_tools("plan", str(listing), str(tmp_path / "set")).code == 0
+    listing.write_text(web.url("/1.jpg?sig=a&se=1&sp=r\n"))
+    finished = shard_tools("pack", str(tmp_path / "set"), *QUICK)
+    assert finished.code == 2
+    assert "in.txt has changed since the plan was made: its row 0 was" in finished.err
+
+
+def write_tar(path: Path, members: dict[str, bytes], *, keep_bytes: int | None = None) -> None:
+    body = io.BytesIO()
+    with tarfile.open(fileobj=body, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(body.getvalue()[:keep_bytes])
+
+
+@pytest.fixture
+def tars(images: list[bytes], tmp_path: Path) -> Path:
+    """A WebDataset shard, a plain tar with folders, and one that was cut."""
+    folder = tmp_path / "tars"
+    write_tar(
+        folder / "a.tar",
+        {"0.jpg": images[0], "0.cls": b"7", "0.txt": b"zero", "1.jpg": images[1], "1.txt": b"one"},
+    )
+    write_tar(folder / "b.tar", {"cat/x.1.jpg": images[2], "cat/x.2.jpg": images[3], "y": b"no"})
+    cut = 512 + len(images[4]) + -len(images[4]) % 512 + 512 + 100
+    write_tar(folder / "c.tar", {"4.jpg": images[4], "5.jpg": images[5]}, keep_bytes=cut)
+    return folder
+
+
+def test_tars_are_packed_anew(tars: Path, images: list[bytes], tmp_path: Path) -> None:
+    dataset = str(tmp_path / "set")
+    packed = shard_tools("pack", str(tars), dataset, "--workers", "1", "--json").json()
+    assert packed["packed"] == 5
+    assert packed["rejected"] == {"not an image": 1, "truncated": 1}
+    rows = rows_of(dataset)
+    assert len({row["key"] for row in rows}) == len(rows)
+    assert [row["label"] for row in rows[:4]] == ["7", None, "cat", "cat"]
+    assert [row["txt"] for row in rows[:2]] == ["zero", "one"]
+    assert rows[2]["source"] == f"file://{tars}/b.tar#cat/x.1.jpg"
+    assert shard_tools("verify", dataset, "--json").json()["samples"] == 5
+
+
+def test_large_tars_are_cut_into_shards(images: list[bytes], tmp_path: Path) -> None:
+    members = {f"{number:03d}.jpg": images[number % 8] for number in range(60)}
+    write_tar(tmp_path / "one.tar", members)
+    dataset = str(tmp_path / "set")
+    settings = ("--shard-bytes", "30kB", "--workers", "1", "--json")
+    packed = shard_tools("pack", str(tmp_path / "one.tar"), dataset, *settings).json()
+    assert packed["packed"] == 60
+    assert packed["units"] > 2
+    sources = [row["source"].rpartition("#")[2] for row in rows_of(dataset)]
+    assert sources == list(members)
+
+
+@pytest.mark.parametrize("place", ["file", "s3"])
+def test_adopted_shards_stay_where_they_are(
+    tars: Path, images: list[bytes], tmp_path: Path, place: str, request: pytest.FixtureRequest
+) -> None:
+    source, dataset = str(tars), str(tmp_path / "set")
+    if place == "s3":
+        url = request.getfixturevalue("s3_url")
+        source, dataset = f"{url}/theirs", f"{url}/ours"
+        for tar in tars.iterdir():
+            open_store(source).put_if_absent(tar.name, tar.read_bytes())
+    adopted = shard_tools("adopt", source, dataset, "--workers", "1", "--json").json()
+    assert (adopted["packed"], adopted["units"]) == (5, 3)
+    assert not [info for info in open_store(dataset).list() if info.key.endswith(".tar")]
+    assert shard_tools("verify", dataset, "--json").json()["samples"] == 5
+    store = open_store(dataset)
+    snapshot = read_snapshot(store)
+    assert all("://" in tar for tar in snapshot.tar)
+    rows = [row for row in rows_of(dataset) if row["status"] == "ok"]
+    assert [row["txt"] for row in rows[:2]] == ["zero", "one"]
+    samples = SampleReader(store, snapshot, Telemetry()).read(0, 4)
+    assert [sample.data for sample in samples if isinstance(sample, RawSample)] == images[:5]
+
+
+def test_pixels_are_changed_on_demand(images: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, body in enumerate(images):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(body)
+    settings = ("--resize", "shortest", "--size", "24", "--encode", "webp", "--workers", "1")
+    dataset = str(tmp_path / "set")
+    assert shard_tools("pack", str(tmp_path / "in"), dataset, *settings).code == 0
+    store = open_store(dataset)
+    tar = read_snapshot(store).tar[0]
+    for row in rows_of(dataset):
+        stored = store.get_range(tar, row["offset"], row["length"])
+        assert Image.open(io.BytesIO(stored)).size == (row["width"], row["height"])
+        assert (min(row["width"], row["height"]), row["format"]) == (24, "WEBP")
+        assert int(row["original_width"]) >= 40
+
+
+def only_large(pixels: Any, columns: Any) -> bool:
+    return bool(columns["width"] > 64)
+
+
+def test_a_stored_plan_never_chooses_the_code(images: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, body in enumerate(images):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(body)
+    name = f"{__name__}.only_large"
+    dataset = str(tmp_path / "set")
+    assert shard_tools("plan", str(tmp_path / "in"), dataset, "--filter", name).code == 0
+    refused = shard_tools("pack", dataset, "--workers", "1")
+    assert refused.code == 2
+    assert f"if you trust it, give --filter {name}" in refused.err
+    done = ("pack", dataset, "--workers", "1", "--seal", "--json", "--filter", name)
+    packed = shard_tools(*done).json()
+    assert packed["packed"] > 0
+    assert packed["rejected"] == {f"filtered: {name}": 8 - packed["packed"]}
+
+
+def test_duplicates_in_a_shard(images: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        (tmp_path / "in" / f"{number}.jpg").write_bytes(images[number % 2])
+    arguments = ("pack", str(tmp_path / "in"), str(tmp_path / "set"), "--workers", "1", "--json")
+    packed = shard_tools(*arguments, "--unique").json()
+    assert (packed["packed"], packed["rejected"]) == (2, {"duplicate": 2})
