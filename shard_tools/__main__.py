@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 
 from pipeline.errors import UsageError, run_command
 from pipeline.manifest import Snapshot, latest_version, read_snapshot
@@ -12,7 +14,7 @@ from pipeline.store import Store, open_store
 from shard_tools import commits, gallery, gc, mask, retry, show, stats, verify
 from shard_tools.arguments import build_parser, given_settings, pack_options, pack_settings
 from shard_tools.pack import PackOptions, PackReport, pack
-from shard_tools.plan import PackSettings, Plan, list_plans, make_plan, read_plan
+from shard_tools.plan import Plan, list_plans, make_plan, read_plan
 from shard_tools.progress import Progress
 from shard_tools.selection import Selection
 
@@ -69,7 +71,8 @@ def _retry(arguments: argparse.Namespace) -> None:
 def _pack_plan(
     arguments: argparse.Namespace, dataset: Store, plan: Plan, options: PackOptions, *, seal: bool
 ) -> None:
-    with Progress("packing", plan.num_images) as progress:
+    # Ray prints what it thinks of dead workers, but standard output is for results.
+    with redirect_stdout(sys.stderr), Progress("packing", plan.num_images) as progress:
         report = pack(dataset, plan, options, on_tick=progress.show, on_resume=progress.resume)
     snapshot = commits.seal(dataset, plan)[0] if seal else None
     if arguments.json:
@@ -212,7 +215,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             dataset,
             snapshot,
             quick=arguments.quick,
-            workers=arguments.workers,
+            workers=arguments.workers or os.cpu_count() or 1,
             on_tick=progress.show,
         )
     if arguments.json:

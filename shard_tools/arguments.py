@@ -80,6 +80,8 @@ def pack_settings(arguments: argparse.Namespace) -> PackSettings:
 def pack_options(arguments: argparse.Namespace) -> PackOptions:
     """How to pack, as the command line says. Raises UsageError if it contradicts itself."""
     download = _built(DownloadSettings, arguments)
+    if arguments.address and arguments.engine != "ray":
+        raise UsageError(f"--address {arguments.address} is of a Ray cluster: give --engine ray")
     return dataclasses.replace(_built(PackOptions, arguments), download=download)
 
 
@@ -390,7 +392,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("local", "ray"), help="processes here, or Ray (default: local)"
     )
     group.add_argument(
-        "--address", metavar="ADDRESS", help="of a Ray cluster (default: start one here)"
+        "--address", metavar="ADDRESS", help="of a Ray cluster (default: start a Ray here)"
     )
 
 
@@ -422,9 +424,8 @@ def _add_workers(parser: _Group) -> None:
     parser.add_argument(
         "--workers",
         type=_positive,
-        default=os.cpu_count() or 1,
         metavar="N",
-        help="processes (default: one a CPU, here %(default)s)",
+        help=f"processes (default: one a CPU, here {os.cpu_count()})",
     )
 
 

@@ -1,176 +1,85 @@
-"""Groups of rows that hold the same image, each led by the one that is kept.
+"""Some clusters of a dedup to look at: the largest ones, and others drawn at random.
 
-Called by shard_tools.dedup, which brings the rows' columns and writes down the result. Three steps,
-each on what the one before has left:
-
-1. Exact: rows of equal SHA-256 (its first 16 bytes) are one; the best stays.
-2. Rows of equal perceptual hash are one; the best stays.
-3. Near: best first, a row is dropped only if it is within the distance of a row that is *kept*, and
-   goes to the nearest such. Single linkage would chain images together that are unlike; here
-   everything in a cluster is within the distance of its leader, and no two leaders are.
-
-A flat image has almost no bits set, a steady gradient almost all: such hashes say nothing about
-what is seen, so these rows, and those without a hash, take part in step 1 only.
+Called by the gallery; the table is written by shard_tools.dedup. Of a table of millions only the
+column of cluster numbers is read as a whole, of the chosen clusters then a few members.
 """
 
-from collections.abc import Iterator
+import io
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from shard_tools.hamming import HASH_BITS, Hashes, Numbers, near_pairs
+from pipeline.errors import ManifestError
+from pipeline.store import Store
 
-Prefer = Literal["largest", "first"]
+NUM_MEMBERS = 8  # of a cluster that are shown
 
-_PAIRS_AT_ONCE = 2**18
-_DISTANCE_BITS = 4
-
-
-@dataclass
-class Rows:
-    """Columns of the kept rows of a snapshot, in its order; arrays of [N] unless noted."""
-
-    sha256: npt.NDArray[np.uint64] | None  # [N, 2], the first 16 bytes; None once it is used up
-    phash: Hashes
-    has_phash: npt.NDArray[np.bool_]
-    pixels: Numbers
-    length_bytes: Numbers
-
-    def __len__(self) -> int:
-        return len(self.phash)
+_COLUMNS = ("cluster", "kept", "shard", "row", "key", "distance")
 
 
-def exact_leaders(rows: Rows, prefer: Prefer) -> Numbers:
-    """For every row the best one of equal bytes, int64 [N]; itself if it is that."""
-    assert rows.sha256 is not None
-    leaders = np.arange(len(rows))
-    high, low = rows.sha256[:, 0], rows.sha256[:, 1]
-    order = np.argsort(high)
-    ordered = high[order]
-    tied = _next_to_equal(ordered[1:] == ordered[:-1])
-    members = order[tied]
-    members = members[np.lexsort((low[members], high[members]))]
-    is_new = (high[members[1:]] != high[members[:-1]]) | (low[members[1:]] != low[members[:-1]])
-    _follow_best(leaders, members, is_new, rows, prefer)
-    return leaders
+@dataclass(frozen=True)
+class Member:
+    """One image of a cluster; `distance` in bits, to the one that is kept."""
+
+    shard: int
+    row: int
+    key: str
+    kept: bool
+    distance: int | None
 
 
-def near_leaders(
-    rows: Rows,
-    leaders: Numbers,
-    *,
-    distance: int,
-    flat_bits: int,
-    prefer: Prefer,
-    max_pairs: int,
-    threads: int,
-) -> Numbers:
-    """Steps 2 and 3 on top of `exact_leaders`: for every row the kept one it goes to, int64 [N].
+@dataclass(frozen=True)
+class Cluster:
+    """One cluster: how many images it has, and the first of them, the kept one before all."""
 
-    Raises UsageError if there are more than `max_pairs` pairs within the distance.
+    size: int
+    members: list[Member]
+
+
+def read_clusters(dataset: Store, key: str, *, num_clusters: int, seed: int) -> list[Cluster]:
+    """Up to `num_clusters` clusters, the larger first: half of them the largest, half at random.
+
+    The same for the same table and seed. Raises ManifestError if the table is damaged or none of
+    clusters; ObjectMissingError, StoreError.
     """
-    leaders = leaders.copy()
-    nodes = np.flatnonzero(has_telling_hash(rows, flat_bits) & (leaders == np.arange(len(rows))))
-    nodes = nodes[np.argsort(rows.phash[nodes], kind="stable")]
-    hashes = rows.phash[nodes]
-    is_equal = hashes[1:] == hashes[:-1]
-    tied = _next_to_equal(is_equal)
-    members = nodes[tied]
-    is_new = rows.phash[members[1:]] != rows.phash[members[:-1]]
-    _follow_best(leaders, members, is_new, rows, prefer)
-    nodes = nodes[leaders[nodes] == nodes]
-    del hashes, is_equal, tied, members, is_new
-    hashes = rows.phash[nodes]
-    first, second = near_pairs(hashes, distance, max_pairs=max_pairs, threads=threads)
-    _lead(leaders, nodes, first, second, rows, prefer)
-    return leaders[leaders[leaders]]  # a copy's best row may be a node's second, and that be led
+    body = dataset.get(key)
+    try:
+        with pq.ParquetFile(io.BytesIO(body)) as file:
+            numbers = file.read(["cluster"], use_threads=False)["cluster"].to_numpy()
+            names, sizes = np.unique(numbers, return_counts=True)
+            chosen = _choose(sizes, num_clusters, seed)
+            rows = _rows_of(file, names[chosen])
+        return [Cluster(int(sizes[c]), _members(rows, int(names[c]))) for c in chosen]
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        url = dataset.url_of(key)
+        raise ManifestError(f"{url}: no table of clusters; run dedup again: {error}") from None
 
 
-def has_telling_hash(rows: Rows, flat_bits: int) -> npt.NDArray[np.bool_]:
-    """Whether a row has a hash with more than `flat_bits` bits unlike the others."""
-    bits_set = np.bitwise_count(rows.phash)
-    return rows.has_phash & (bits_set > flat_bits) & (bits_set < HASH_BITS - flat_bits)
+def _choose(sizes: npt.NDArray[np.int64], num_clusters: int, seed: int) -> npt.NDArray[np.int64]:
+    """Places of the chosen clusters, the larger first."""
+    order = np.argsort(-sizes, kind="stable")
+    num_largest = (num_clusters + 1) // 2
+    largest, others = order[:num_largest], order[num_largest:]
+    number = min(num_clusters - num_largest, len(others))
+    drawn = np.random.default_rng(seed).choice(len(others), number, replace=False)
+    return np.concatenate([largest, others[np.sort(drawn)]])
 
 
-def distances(rows: Rows, members: Numbers, leaders: Numbers) -> npt.NDArray[np.uint8]:
-    """How many bits of the hashes differ, uint8 [len(members)]; 0 where one has no hash."""
-    difference = rows.phash[members] ^ rows.phash[leaders]
-    have_both = rows.has_phash[members] & rows.has_phash[leaders]
-    return np.where(have_both, np.bitwise_count(difference), 0).astype(np.uint8)
+def _rows_of(file: pq.ParquetFile, names: npt.NDArray[np.int64]) -> pa.Table:
+    wanted = pa.array(names)
+    batches = file.iter_batches(columns=list(_COLUMNS), use_threads=False)
+    pieces = [
+        pa.Table.from_batches([batch.filter(pc.is_in(batch["cluster"], value_set=wanted))])
+        for batch in batches
+    ]
+    return pa.concat_tables(pieces) if pieces else file.read(list(_COLUMNS))
 
 
-def _next_to_equal(is_equal: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """[N-1] equal to the next -> [N] equal to a neighbour."""
-    edge = np.zeros(1, np.bool_)
-    result: npt.NDArray[np.bool_] = np.concatenate([is_equal, edge]) | np.concatenate(
-        [edge, is_equal]
-    )
-    return result
-
-
-def _follow_best(
-    leaders: Numbers,
-    members: Numbers,
-    is_new: npt.NDArray[np.bool_],
-    rows: Rows,
-    prefer: Prefer,
-) -> None:
-    """Let every member follow the best of its group; `is_new` marks where a group begins."""
-    if not len(members):
-        return
-    group = np.concatenate([np.zeros(1, np.int64), np.cumsum(is_new)])
-    order = np.lexsort((*_goodness(rows, members, prefer), group))
-    is_best = np.ones(len(members), np.bool_)
-    is_best[1:] = group[1:] != group[:-1]  # the groups keep their places when sorted
-    best = members[order][is_best]
-    leaders[members] = best[group]
-
-
-def _goodness(rows: Rows, members: Numbers, prefer: Prefer) -> tuple[Numbers, ...]:
-    """Keys for np.lexsort, so that the better row comes first."""
-    if prefer == "first":
-        return (members,)
-    return (members, -rows.length_bytes[members], -rows.pixels[members])
-
-
-def _lead(
-    leaders: Numbers,
-    nodes: Numbers,
-    first: Numbers,
-    second: Numbers,
-    rows: Rows,
-    prefer: Prefer,
-) -> None:
-    """Step 3. `first` and `second` are places in `nodes`."""
-    is_touched = np.zeros(len(nodes), np.bool_)
-    is_touched[first] = is_touched[second] = True
-    ranked = nodes[is_touched]
-    ranked = ranked[np.lexsort(_goodness(rows, ranked, prefer))]
-    rank = np.zeros(len(leaders), np.int32)
-    rank[ranked] = np.arange(len(ranked), dtype=np.int32)
-    is_kept = bytearray(b"\1") * len(ranked)
-    for later, earlier in _pairs_in_order(nodes[first], nodes[second], rank, rows.phash):
-        if is_kept[later] and is_kept[earlier]:
-            is_kept[later] = 0
-            leaders[ranked[later]] = ranked[earlier]
-
-
-def _pairs_in_order(
-    first: Numbers, second: Numbers, rank: npt.NDArray[np.int32], phash: Hashes
-) -> Iterator[tuple[int, int]]:
-    """(later rank, earlier rank): by the later, then the distance, then the earlier one.
-
-    One word a pair, so that sorting needs no other memory.
-    """
-    one, other = rank[first].astype(np.uint64), rank[second].astype(np.uint64)
-    words = np.maximum(one, other) << np.uint64(32 + _DISTANCE_BITS)
-    words |= np.minimum(one, other)
-    words |= np.bitwise_count(phash[first] ^ phash[second]).astype(np.uint64) << np.uint64(32)
-    words.sort()
-    for start in range(0, len(words), _PAIRS_AT_ONCE):
-        piece = words[start : start + _PAIRS_AT_ONCE]
-        later = (piece >> np.uint64(32 + _DISTANCE_BITS)).tolist()
-        earlier = (piece & np.uint64(2**32 - 1)).tolist()
-        yield from zip(later, earlier, strict=True)
+def _members(rows: pa.Table, name: int) -> list[Member]:
+    found = rows.filter(pc.equal(rows["cluster"], name)).drop_columns("cluster").to_pylist()
+    members = [Member(**row) for row in found]
+    return sorted(members, key=lambda member: not member.kept)[:NUM_MEMBERS]

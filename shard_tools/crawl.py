@@ -153,6 +153,7 @@ class Crawl:
         for task in self._running:
             task.cancel()
         self._queue.clear(self._loop.time())
+        self._awaited = None
 
     def _guard(self, function: Callable[..., None], *arguments: object) -> None:
         """Call a function as the loop's callback: nobody else would see its errors."""
@@ -206,7 +207,11 @@ class Crawl:
         """One request, and what follows from its outcome."""
         assert download.target is not None
         try:
-            body = await self._client.get(download.target, partial(self._hold, download))
+            body = await self._client.get(
+                download.target,
+                on_bytes=partial(self._hold, download),
+                keep_alive=self._queue.has_waiting(host),
+            )
         except RedirectedError as redirect:
             self._follow(download, redirect.target)
         except PassingError as error:
@@ -246,13 +251,14 @@ class Crawl:
         download.attempts += 1
         wait_s = error.retry_after_s
         too_long = wait_s is not None and wait_s > RETRY_AFTER_S
+        if wait_s is not None and not too_long:
+            self._queue.close_until(host, self._loop.time() + wait_s)
         if too_long or download.attempts > self._retries:
             self._settle(download, error.sample_error)
             return
         download.hops = 0
         download.target = Target.parse(download.url)
         if wait_s is not None:
-            self._queue.close_until(host, self._loop.time() + wait_s)
             self._enqueue(download)
             return
         longest_s = min(_FIRST_PAUSE_S * 2 ** (download.attempts - 1), _LAST_PAUSE_S)

@@ -3,7 +3,7 @@
 Exact by SHA-256, near by the 64-bit perceptual hash (see pipeline.decode.perceptual_hash), over the
 rows that readers see now; what "the same" means is in shard_tools.leaders. Nothing is rewritten:
 the result is a mask (shard_tools.mask), so going back a version undoes it. The clusters lie beside
-the data, `dedup/<attempt>/clusters.parquet`, so that a person can look at what was dropped for what.
+the data, `dedup/<attempt>/clusters.parquet`, so that a person sees what was dropped for what.
 
 All of it runs in one process in memory: some 50 bytes a row, twice that at the peak.
 """
@@ -24,6 +24,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import CropstreamError, UsageError
 from pipeline.manifest import Snapshot, new_attempt, read_snapshot
 from pipeline.store import PART_BYTES, Store
+from shard_tools.hamming import MAX_DISTANCE, Numbers
+from shard_tools.indexes import Flags, ShardRows, read_indexes, read_rows
 from shard_tools.leaders import (
     Prefer,
     Rows,
@@ -32,8 +34,6 @@ from shard_tools.leaders import (
     has_telling_hash,
     near_leaders,
 )
-from shard_tools.hamming import MAX_DISTANCE, Numbers
-from shard_tools.indexes import Flags, ShardRows, read_indexes, read_rows
 from shard_tools.mask import mask_snapshot
 
 FLAT_BITS = 3  # a hash with at most so many bits unlike the others tells nothing
@@ -84,7 +84,8 @@ class _Found:
 
     @property
     def is_dropped(self) -> Flags:
-        return self.leaders != np.arange(len(self.leaders))
+        result: Flags = self.leaders != np.arange(len(self.leaders))
+        return result
 
 
 def dedup(
@@ -135,12 +136,12 @@ def dedup(
     found = _Found(rows, row_numbers, leaders, exact)
     num_dropped = int(found.is_dropped.sum())
     num_clusters = len(np.unique(leaders[found.is_dropped]))
-    url, is_new = None, False
+    key, is_new = None, False
     if num_dropped and not dry_run:
-        url = _write_clusters(dataset, snapshot, found, memory_bytes)
+        key = _write_clusters(dataset, snapshot, found, memory_bytes)
         note = (
             f"dedup of version {snapshot.version}: {exact} exact and {num_dropped - exact} near "
-            f"copies dropped{f' (distance {distance})' if near else ''}, clusters in {url}"
+            f"copies dropped{f' (distance {distance})' if near else ''}, clusters: {key}"
         )
         masked = mask_snapshot(dataset, decide=_decider(dataset, snapshot, found), note=note)
         snapshot, is_new = masked.snapshot, masked.is_new
@@ -153,7 +154,7 @@ def dedup(
         clusters=num_clusters,
         without_hash=without_hash,
         flat=flat,
-        clusters_url=url,
+        clusters_url=dataset.url_of(key) if key else None,
         seconds=time.monotonic() - started,
     )
 
@@ -255,7 +256,7 @@ def _decider(
 
 
 def _write_clusters(dataset: Store, snapshot: Snapshot, found: _Found, memory_bytes: float) -> str:
-    """Write the table of clusters and return its URL. Sorted on disk if it is large."""
+    """Write the table of clusters and return its key. Sorted on disk if it is large."""
     attempt = new_attempt()
     key = f"dedup/{attempt}/clusters.parquet"
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:
@@ -280,7 +281,7 @@ def _write_clusters(dataset: Store, snapshot: Snapshot, found: _Found, memory_by
                 for batch in ordered:
                     writer.write_table(pa.Table.from_batches([batch]).cast(CLUSTERS_SCHEMA))
         _upload(Path(folder) / "clusters.parquet", dataset, key)
-    return dataset.url_of(key)
+    return key
 
 
 def _cluster_pieces(dataset: Store, snapshot: Snapshot, found: _Found) -> Iterator[pa.Table]:

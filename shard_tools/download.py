@@ -56,11 +56,10 @@ class DownloadSettings:
                 raise UsageError(f"{name}: {getattr(self, name)} is not above 0 and below a day")
         if not 0 <= self.delay_s <= 3600:
             raise UsageError(f"delay_s: {self.delay_s} is not between 0 and 3600")
-        for name, least in (("retries", 0), ("max_redirects", 0), ("per_host", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"{name}: {getattr(self, name)} is less than {least}")
-        if self.concurrency < 1:
-            raise UsageError(f"concurrency: {self.concurrency} is less than 1")
+        least = {"retries": 0, "max_redirects": 0, "per_host": 1, "concurrency": 1}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise UsageError(f"{name}: {getattr(self, name)} is less than {value}")
 
 
 class Downloader:
@@ -107,8 +106,9 @@ class Downloader:
             while True:
                 if len(taken) <= LOOK_AHEAD - _TAKE_URLS:
                     more = [self._number(url) for url in islice(source, LOOK_AHEAD - len(taken))]
-                    taken.extend(more)
-                    crawl.call(crawl.add, more)
+                    if more:
+                        taken.extend(more)
+                        crawl.call(crawl.add, more)
                 if not taken:
                     return
                 outcome = crawl.take(taken[0])

@@ -122,8 +122,12 @@ def _choose(names: Sequence[str], preferred: Sequence[str]) -> int:
     return next((lowered.index(name) for name in preferred if name in lowered), 0)
 
 
-def _lines(file: BinaryIO) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+def _lines(file: BinaryIO) -> Iterator[str]:
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield from text
+    finally:
+        text.detach()  # the file is its opener's to close
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.store import Store, open_store
 from shard_tools import page
 from shard_tools.chart import Label, histogram_chart, powers_of_ten, powers_of_two
-from shard_tools.clusters import Cluster, Member, read_clusters
+from shard_tools.cluster_table import Cluster, Member, read_clusters
 from shard_tools.indexes import ShardRows, read_indexes
 from shard_tools.origins import is_tar_member
 from shard_tools.page import Html
@@ -38,7 +38,7 @@ _EXAMPLES = 3  # of the sources of one reject reason
 _MAX_REASONS = 100
 _SHOWN_ROWS = 12  # of a table that goes on behind a click
 _MAX_LABELS = 200
-_CLUSTERS_IN_NOTE = re.compile(r"clusters: (dedup/\S+?\.parquet)")
+_CLUSTERS_IN_NOTE = re.compile(r"\bclusters\b.*?\b(dedup/\w+/clusters\.parquet)")
 _MEDIAN = 3  # its place among the quantiles
 _ASPECTS = (1 / 8, 1 / 4, 1 / 2, 1 / 1.5, 1.0, 1.5, 2.0, 4.0, 8.0)
 

@@ -8,8 +8,11 @@ removed, nor is anything whose name no writer of ours would give.
 
 The old objects are listed first and then struck off as documents name them, so what is committed
 meanwhile is still seen. A document that cannot be read ends it: nobody knows what that names.
-Memory: the names of the objects that are older than the grace, some 350 bytes each (400,000 shards
-with their indexes: 280 MB).
+Memory: what the store says of every object that is older than the grace, some 380 bytes each (for
+400,000 shards with their indexes 300 MB).
+
+One thing is not proof against bad luck: a plan that was left unfinished for longer than the grace,
+and is finished in the instant between our last look at it and its removal, loses its units.
 """
 
 import re
@@ -30,14 +33,20 @@ GRACE_S = 24 * 3600.0
 WORKERS = 16
 
 _BATCH_KEYS = 1000
-_ATTEMPT = r"[0-9a-f]{16}"
-_COMMITTED = ("snapshots/", "commits/", "manifests/")
+_HASH = r"[0-9a-f]{16}"
+_ATTEMPT = r"[0-9a-f]{16,32}"  # perhaps behind the word of its job
 _WRITTEN = re.compile(
-    rf"(data|masks|dedup)/([^/]+/)*[^/]*{_ATTEMPT}[^/]*"
-    rf"|plans/{_ATTEMPT}/[^/]+"
+    rf"data/[0-9a-f]{{2}}/[0-9a-f]{{8}}-\d{{8}}-{_ATTEMPT}\.(tar|parquet)"
+    rf"|masks/[0-9a-f]{{2}}/{_ATTEMPT}"
+    rf"|dedup/{_ATTEMPT}/[^/]+"
+    rf"|plans/{_HASH}/[^/]+"
     rf"|objects/\d+-{_ATTEMPT}/[^/]+"
     rf"|\.probe-{_ATTEMPT}"
 )
+"""Exactly the names that pack, mask, dedup, plan and checkpoints give: a prefix given by mistake,
+full of somebody's own data/, loses nothing."""
+
+_COMMITTED = ("snapshots/", "commits/", "manifests/")
 _SNAPSHOT = re.compile(r"snapshots/v(\d+)\.parquet")
 _WORD = re.compile(r"[^\s,;()]+")
 

@@ -15,9 +15,8 @@ Everything is numpy on whole arrays, which sorts and counts without the interpre
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 
 import numpy as np
@@ -97,16 +96,16 @@ def near_pairs(
     tables = _tables(len(hashes), len(hashes), HASH_BITS, distance) if distance else []
     found: list[Pairs] = []
     num_found = 0
-    with (
-        ThreadPoolExecutor(threads) as workers,
-        closing(
-            workers.map(lambda table: _of_table(hashes, table, distance, max_pairs), tables)
-        ) as results,
-    ):
-        for pairs in results:
-            found.append(pairs)
-            num_found += len(pairs[0])
-            _refuse_too_many(num_found, max_pairs, distance)
+    with ThreadPoolExecutor(threads) as workers:
+        tasks = [workers.submit(_of_table, hashes, t, distance, max_pairs) for t in tables]
+        try:
+            for task in tasks:
+                found.append(task.result())
+                num_found += len(found[-1][0])
+                _refuse_too_many(num_found, max_pairs, distance)
+        except UsageError:
+            workers.shutdown(cancel_futures=True)
+            raise
     first, second = _concatenated(found)
     del found
     places = np.searchsorted(hashes, first), np.searchsorted(hashes, second)
@@ -132,7 +131,7 @@ def _tables(num_hashes: int, bucket: int, bits: int, distance: int) -> list[_Tab
 def _cut(bits: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
     """Blocks of nearly the same width, from the high end down."""
     edges = [bits * number // num_blocks for number in range(num_blocks + 1)]
-    return tuple((low, high - low) for low, high in zip(edges, edges[1:], strict=False))[::-1]
+    return tuple((low, high - low) for low, high in pairwise(edges))[::-1]
 
 
 def _of_table(hashes: Hashes, table: _Table, distance: int, max_pairs: int) -> Pairs:
@@ -201,7 +200,8 @@ def _agree(first: Hashes, second: Hashes, rest: int) -> npt.NDArray[np.bool_]:
     """Whether two hashes are in one bucket: all but the `rest` lowest bits are equal."""
     difference = first ^ second
     difference >>= np.uint64(rest)
-    return difference == 0
+    result: npt.NDArray[np.bool_] = difference == 0
+    return result
 
 
 def _move(hashes: Hashes, moves: Sequence[tuple[int, int, int]]) -> Hashes:

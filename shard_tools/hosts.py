@@ -81,6 +81,10 @@ class HostQueue(Generic[T]):
         """Start nothing more at a host, of which something runs, before a time."""
         self._close(self._hosts[name], until)
 
+    def has_waiting(self, name: str) -> bool:
+        """Whether more of a host, of which something runs, is to come."""
+        return bool(self._hosts[name].waiting)
+
     def opens_at(self) -> float | None:
         """When a closed host opens next, if there is one."""
         return self._closed[0][0] if self._closed else None

@@ -6,7 +6,8 @@ what a Python filter or a resizing needs is taken from the same pixels. Unless t
 other pixels or another encoding, the bytes stay as they are, EXIF and all.
 
 What becomes of which kind of image stands in pipeline.decode. What is encoded again loses all
-metadata (EXIF, ICC profile, text), further frames, and alpha, which is put on white:
+metadata (EXIF, so also how to turn it; ICC profile; text), further frames, and alpha, which is put
+on white:
 
     encode="keep"          bytes stay; where pixels had to change, PNG, GIF, BMP and TIFF become
                            PNG, the others JPEG: what was lossless stays so
@@ -237,7 +238,7 @@ def _filter_header(data: bytes, header: ImageHeader, settings: ImageSettings) ->
 
 
 def _filter_entropy(pixels: NDArray[np.uint8], settings: ImageSettings) -> None:
-    """Refuse flat pictures, given grey [H, W] or colour [H, W, 3]."""
+    """Refuse flat pictures, given grey [H, W] or colour [H, W, 3], perhaps of a reduced JPEG."""
     if not settings.min_entropy:
         return
     bits = entropy_of(pixels if pixels.ndim == 2 else to_grey(pixels))

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from shard_tools.tally import Numbers, Tally
+from shard_tools.tally import Tally
 
 # RE2, on whole columns: what is left has as many different values as there are hosts and folders.
 _TAR_FOLDER = r"(?si)^(.*?)/[^/#]*\.(?:tar(?:\.\w+)?|tgz)#.*$"
@@ -49,16 +49,11 @@ class Origins:
         for folder, count in _counted(_replaced(files, _LAST_NAME, "")):
             self._add_folder(folder, count, kind)
 
-    def top(self, num_names: int) -> tuple[dict[str, Numbers], Numbers]:
-        """The most frequent origins with their counts [num_kinds], and the counts of all others."""
+    def top(self, num_names: int) -> tuple[dict[str, list[int]], list[int]]:
+        """The most frequent origins with their counts by kind, and the counts of all others."""
         merged = Tally(self._num_kinds)
-        tallies = [self._hosts, self._tars, *(each.tally for each in self._folders.values())]
-        for tally in tallies:
-            named, rest = tally.top(num_names)
-            merged.others += rest
-            for name, counts in named.items():
-                for kind, count in enumerate(counts):
-                    merged.add(name, int(count), kind)
+        for tally in (self._hosts, self._tars, *(each.tally for each in self._folders.values())):
+            merged.merge(tally)
         return merged.top(num_names)
 
     def _add_folder(self, folder: str, count: int, kind: int) -> None:

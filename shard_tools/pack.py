@@ -8,6 +8,7 @@ another packer, nothing is packed twice and nothing lost.
 
 import contextlib
 import hashlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +29,7 @@ from shard_tools.commits import (
     read_unit_commits,
 )
 from shard_tools.download import DownloadSettings
-from shard_tools.engine import EngineKind, count, make_engine
+from shard_tools.engine import Engine, EngineKind, count, make_engine
 from shard_tools.filters import load_filter
 from shard_tools.inputs import Arrival, read_inputs, tar_file
 from shard_tools.judge import Accepted, RejectedError, judge, watched
@@ -47,7 +48,7 @@ class PackOptions:
 
     engine: EngineKind = "local"
     address: str | None = None  # of a Ray cluster
-    workers: int = 1
+    workers: int | None = None  # None: as many as there are CPUs
     filter: str | None = None  # the plan's, allowed to run by whoever started this
     download: DownloadSettings = field(default_factory=DownloadSettings)
 
@@ -110,15 +111,7 @@ def pack(
         UnitTask(dataset.url, plan.name, plan.kind, unit, plan.settings, options, job)
         for unit in chain(todo[turn:], todo[:turn])
     )
-    engine = make_engine(
-        options.engine,
-        pack_unit,
-        workers=min(options.workers, max(len(todo), 1)),
-        address=options.address,
-        on_tick=on_tick,
-        after_death=lambda task: replace(task, careful=True),
-        progress_of=lambda done: (done.rows, done.rows - done.kept),
-    )
+    engine = _engine(options, len(todo), on_tick)
     units = packed = packed_bytes = 0
     rejected: Counter[str] = Counter()
     for done in engine.run(tasks):
@@ -136,6 +129,23 @@ def pack(
         packed_bytes=packed_bytes,
         rejected=dict(rejected),
         seconds=time.monotonic() - started,
+    )
+
+
+def _engine(
+    options: PackOptions, num_units: int, on_tick: Callable[[int, int], None]
+) -> Engine[UnitTask, UnitCommit]:
+    workers = options.workers
+    if options.address is None:  # no more processes here than there is work
+        workers = min(workers or os.cpu_count() or 1, max(num_units, 1))
+    return make_engine(
+        options.engine,
+        pack_unit,
+        workers=workers,
+        address=options.address,
+        on_tick=on_tick,
+        after_death=lambda task: replace(task, careful=True),
+        progress_of=lambda done: (done.rows, done.rows - done.kept),
     )
 
 

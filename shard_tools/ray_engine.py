@@ -192,7 +192,8 @@ def connect(ray: Any, address: str | None, workers: int | None) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(
             f"no Ray cluster answers at {address!r} ({_first_line(error)}): start one with "
-            "`ray start --head`, or leave the address out to start one here for this run"
+            "`ray start --head`, or leave the address out to start one here for this run; a "
+            "cluster that asks for a token hears ray:// only if RAY_AUTH_MODE=token is set"
         ) from None
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from time import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import aiohttp
 from aiohttp import ClientResponse, hdrs
@@ -42,6 +42,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _NO_AI = frozenset({"noai", "noimageai"})
 _COMPRESSIONS = frozenset({"br", "zstd", "compress", "x-compress", "dcb", "dcz", "lzma", "xz"})
 _RECEIVE_BYTES = 256 * 1024  # a response's, that wait to be read
+_KEEP_ALIVE_S = 5.0  # without a request
 _GZIP, _ZLIB, _RAW_DEFLATE = 31, 15, -15  # zlib's numbers
 
 
@@ -136,13 +137,20 @@ class Client:
 
     async def __aenter__(self) -> Self:
         private = self._allow_private
+        self._resolver = Resolver(lambda address: private or is_public(address))
+        self._keeping = self._session(force_close=False, keepalive_timeout=_KEEP_ALIVE_S)
+        self._closing = self._session(force_close=True)
+        return self
+
+    def _session(self, **connections: Any) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(
             limit=0,  # the downloader counts
             use_dns_cache=False,  # the resolver has one
-            resolver=Resolver(lambda address: private or is_public(address)),
-            socket_factory=None if private else open_public_socket,
+            resolver=self._resolver,
+            socket_factory=None if self._allow_private else open_public_socket,
+            **connections,
         )
-        self._session = aiohttp.ClientSession(
+        return aiohttp.ClientSession(
             connector=connector,
             headers=self._headers,
             timeout=self._timeout,
@@ -151,7 +159,6 @@ class Client:
             auto_decompress=False,
             read_bufsize=_RECEIVE_BYTES,
         )
-        return self
 
     async def __aexit__(
         self,
@@ -159,20 +166,25 @@ class Client:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        await self._session.close()
+        await self._keeping.close()
+        await self._closing.close()
+        await self._resolver.close()
 
-    async def get(self, target: Target, on_bytes: Callable[[int], None]) -> bytes:
+    async def get(
+        self, target: Target, *, on_bytes: Callable[[int], None], keep_alive: bool
+    ) -> bytes:
         """The body that is at a target, after any decompression at most `max_bytes` long.
 
+        keep_alive: whether to keep the connection for another request. A crawl sees more hosts than
+        a process may have sockets, so it should be kept only where there will be one.
         `on_bytes` is called with the bytes that are needed, as soon and as often as that is known
         better; what it raises ends the request. Raises SampleError if there is no use in trying
         again, PassingError if there may be, RedirectedError.
         """
+        session = self._keeping if keep_alive else self._closing
         login = {hdrs.AUTHORIZATION: target.authorization} if target.authorization else None
         try:
-            async with self._session.get(
-                target.url, headers=login, allow_redirects=False
-            ) as response:
+            async with session.get(target.url, headers=login, allow_redirects=False) as response:
                 if response.status != 200 or hdrs.CONTENT_ENCODING in response.headers:
                     _check_status(target, response)
                 _check_robots(target, response.headers)

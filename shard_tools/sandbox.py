@@ -9,8 +9,8 @@ never returns and never lets go of the interpreter. Two means together keep that
 - `Sandbox`, only for such a task, judges every image in a child process. If the child dies or
   hangs, that image is rejected and the next one gets a fresh child. The results are judge's.
 
-Child and parent talk over a socket: a line of JSON, followed by the image's bytes. No pickle: a
-process that decodes hostile bytes is not to be trusted with its parent's interpreter.
+Child and parent talk over a socket, in messages of JSON with an image's bytes behind it. No pickle:
+a process that decodes hostile bytes is not to be trusted with its parent's interpreter.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ _ATTEMPTS = 2
 # By the kernel short of memory, or by a person: the image, perhaps innocent, has one more try.
 _KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
-_HEAD = struct.Struct("<II")  # bytes of JSON, bytes of image
+_HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes of image
 
 
 class Sandbox:
@@ -90,7 +90,7 @@ class Sandbox:
             except TimeoutError:
                 code = -signal.SIGALRM
                 self._drop()
-            except (ConnectionError, EOFError):
+            except (ConnectionError, EOFError, ValueError):  # or it sends nonsense
                 code = self._drop()
             if code not in _KILLED_FROM_OUTSIDE:
                 break
@@ -128,13 +128,11 @@ class _Child:
     def __init__(self, orders: _Orders) -> None:
         self._channel, far_end = socket.socketpair()
         with far_end:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(far_end.fileno())],
-                pass_fds=[far_end.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | _environment(),
-                start_new_session=True,  # Ctrl-C is the command's to handle
-            )
+            try:
+                self._process = _spawn(far_end.fileno())
+            except CropstreamError:
+                self._channel.close()
+                raise
         try:
             self._start(orders)
         except BaseException:
@@ -147,10 +145,7 @@ class _Child:
             _send(self._channel, dataclasses.asdict(orders))
             answer, _ = _receive(self._channel)
         except (TimeoutError, ConnectionError, EOFError) as error:
-            raise CropstreamError(
-                f"the process to judge images in did not start: {error!r}; see what it wrote to "
-                "stderr, and whether the machine has memory and processes left"
-            ) from None
+            raise _not_started(error) from None
         if "failed" in answer:
             raise CropstreamError(answer["failed"])
 
@@ -176,6 +171,26 @@ class _Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
+
+
+def _spawn(file_descriptor: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", __name__, str(file_descriptor)],
+            pass_fds=[file_descriptor],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | _environment(),
+            start_new_session=True,  # Ctrl-C is the command's to handle
+        )
+    except OSError as error:
+        raise _not_started(error) from None
+
+
+def _not_started(error: Exception) -> CropstreamError:
+    return CropstreamError(
+        f"the process to judge images in did not start: {error!r}; see what it wrote to stderr, "
+        "and whether the machine has memory and processes left"
+    )
 
 
 def _environment() -> dict[str, str]:

@@ -130,13 +130,13 @@ class Collector:
         stats.formats = dict(self._formats.most_common())
         stats.rejected = dict(self._rejected.most_common())
         labels, others = self._labels.top(TOP_LABELS)
-        stats.labels = {name: int(counts[0]) for name, counts in labels.items()}
-        stats.num_labels, stats.other_labels = len(self._labels), int(others[0])
+        stats.labels = {name: counts[0] for name, counts in labels.items()}
+        stats.num_labels, stats.other_labels = len(self._labels), others[0]
         stats.quantiles = {name: q for name, s in self._spreads.items() if (q := s.quantiles())}
         stats.histograms = {name: bins.histogram() for name, bins in self._bins.items()}
         sources, elsewhere = self._origins.top(TOP_SOURCES)
-        stats.sources = {name: SourceCounts(*counts.tolist()) for name, counts in sources.items()}
-        stats.other_sources = SourceCounts(*elsewhere.tolist())
+        stats.sources = {name: SourceCounts(*counts) for name, counts in sources.items()}
+        stats.other_sources = SourceCounts(*elsewhere)
         return stats
 
     def _add_totals(self, rows: ShardRows, kept: Flags, masked: Flags) -> None:

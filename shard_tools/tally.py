@@ -1,5 +1,6 @@
 """Quantiles, histograms and counts by name over billions of values, in bounded memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,8 +87,8 @@ class Tally:
 
     def __init__(self, num_kinds: int = 1, *, max_names: int = MAX_NAMES) -> None:
         self._max_names = max_names
-        self._counts: dict[str, Numbers] = {}
-        self.others: Numbers = np.zeros(num_kinds, np.int64)
+        self._counts: dict[str, list[int]] = {}  # by kind; an array for each would take ten times
+        self.others = [0] * num_kinds
         self.is_exact = True
 
     def __len__(self) -> int:
@@ -99,30 +100,42 @@ class Tally:
         if counts is None:
             if len(self._counts) == self._max_names:
                 self._drop_rare()
-            counts = self._counts[name] = np.zeros_like(self.others)
+            counts = self._counts[name] = [0] * len(self.others)
         counts[kind] += count
+
+    def merge(self, other: "Tally") -> None:
+        """Count all that another one counted."""
+        for name, counts in other._counts.items():
+            for kind, count in enumerate(counts):
+                self.add(name, count, kind)
+        self.others = _sum(self.others, other.others)
 
     def rename(self, names: dict[str, str]) -> None:
         """Give names new ones; those that become the same are counted together."""
         before, self._counts = self._counts, {}
         for name, counts in before.items():
-            merged = self._counts.setdefault(names[name], np.zeros_like(self.others))
-            merged += counts
+            self._counts[names[name]] = _sum(self._counts.get(names[name], ()), counts)
 
     def names(self) -> list[str]:
         """All names that are counted."""
         return list(self._counts)
 
-    def top(self, num_names: int) -> tuple[dict[str, Numbers], Numbers]:
-        """The most frequent names with their counts [num_kinds], and the counts of all others."""
+    def top(self, num_names: int) -> tuple[dict[str, list[int]], list[int]]:
+        """The most frequent names with their counts by kind, and the counts of all others."""
         ordered = self._by_count()
-        rest = sum((self._counts[name] for name in ordered[num_names:]), self.others)
+        rest = self.others
+        for name in ordered[num_names:]:
+            rest = _sum(rest, self._counts[name])
         return {name: self._counts[name] for name in ordered[:num_names]}, rest
 
     def _by_count(self) -> list[str]:
-        return sorted(self._counts, key=lambda name: (-int(self._counts[name].sum()), name))
+        return sorted(self._counts, key=lambda name: (-sum(self._counts[name]), name))
 
     def _drop_rare(self) -> None:
         for name in self._by_count()[self._max_names // 2 :]:
-            self.others += self._counts.pop(name)
+            self.others = _sum(self.others, self._counts.pop(name))
         self.is_exact = False
+
+
+def _sum(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    return [a + b for a, b in zip(one, other, strict=True)] if one else list(other)

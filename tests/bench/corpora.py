@@ -175,7 +175,8 @@ def _run(command: list[str], folder: Path = Path()) -> None:
             timeout=_DOWNLOAD_LIMIT_S,
         )
     except subprocess.CalledProcessError as error:
-        raise OSError(f"{command[0]} failed: {error.stderr.strip()[-200:]}") from None
+        complaint = error.stderr.strip().rpartition("\n")[2]
+        raise OSError(f"{Path(command[0]).name} failed: {complaint}") from None
     except subprocess.TimeoutExpired as error:
         raise OSError(str(error)) from None
 

@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.errors import ShardError
 from pipeline.manifest import Snapshot
 from pipeline.store import Store, open_store
-from shard_tools.clusters import MAX_MEMBERS, read_clusters
+from shard_tools.cluster_table import MAX_MEMBERS, read_clusters
 from shard_tools.gallery import NUM_SHARDS, write_gallery
 from shard_tools.thumbnails import MAX_THUMBNAIL_BYTES, THUMBNAIL_PX, Pick, thumbnails
 from tests.support.dataset import pictures
@@ -180,7 +180,7 @@ def test_clusters_of_the_lineage(store: Store) -> None:
     """Also those of an earlier version; the kept image comes first and is marked."""
     rows = [rows_of(pictures(24))]
     write_clusters(store, [member(7, 4), member(7, 2, kept=True), member(9, 20, kept=True)])
-    write_snapshot(store, rows, note=f"dedup: 1 image dropped; clusters: {DEDUP}")
+    write_snapshot(store, rows, note=f"dedup: 1 copy dropped, clusters in {store.url_of(DEDUP)}")
     masks = {0: [n != 4 for n in range(24)]}
     page = page_of(store, write_snapshot(store, rows, masks=masks, note="mask"), samples=0)
     shown = re.findall(r'<figure class="(\w*)">.*?alt="(\w+)"', page, re.DOTALL)

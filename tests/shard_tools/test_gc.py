@@ -8,6 +8,7 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -16,6 +17,7 @@ from pipeline.errors import ManifestError, UsageError
 from pipeline.manifest import SNAPSHOT_SCHEMA, commit, commit_snapshot, new_attempt, read_snapshot
 from pipeline.store import Store, open_store
 from shard_tools.gc import GcReport, collect_garbage
+from shard_tools.mask import mask_snapshot
 from shard_tools.plan import list_plans
 from tests.shard_tools.conftest import ROOT, shard_tools
 from tests.support.snapshots import write_snapshot
@@ -29,12 +31,13 @@ ORPHANS = {
     f"data/01/aaaaaaaa-00000003-{ATTEMPT}.tar",
     f"data/01/aaaaaaaa-00000003-{ATTEMPT}.parquet",
     f"masks/01/{ATTEMPT}",
-    f"dedup/v000002-{ATTEMPT}.parquet",
+    f"dedup/{ATTEMPT}/clusters.parquet",
     f"plans/{ATTEMPT}/unit-00000000.parquet",
     f".probe-{ATTEMPT}",
 }
 FOREIGN = {
     "data/cats/1.jpg",
+    f"data/01/{ATTEMPT}.tar",
     "data/README.md",
     "masks/mine.png",
     "notes.txt",
@@ -92,6 +95,19 @@ def test_only_orphans_go(packed: Store) -> None:
     assert collect_garbage(packed, delete=True, now=TOMORROW).orphans == ()
 
 
+def test_every_name_that_writers_give(packed: Store) -> None:
+    """With all that names them gone, no shard, index, mask or plan is taken for somebody else's."""
+    first = np.arange(9) == 0
+    mask_snapshot(packed, decide=lambda tar, rows: ~first[: len(rows.is_ok)], note="one less")
+    written = {key for key in keys(packed) - FOREIGN if "/" in key}
+    for key in written:
+        if key.startswith(("snapshots/", "commits/")) or key.endswith("plan.json"):
+            packed.delete(key)
+    left = keys(packed) - FOREIGN
+    assert {key.partition("/")[0] for key in left} == {"data", "masks", "plans"}
+    assert names(collect_garbage(packed, now=TOMORROW)) == left
+
+
 def test_what_is_younger_than_the_grace_stays(packed: Store) -> None:
     put(packed, *ORPHANS)
     before = keys(packed)
@@ -119,7 +135,7 @@ def test_older_versions_and_masks_count(dataset: str) -> None:
     store = open_store(dataset)
     write_snapshot(store, [[{"source": "a", "reason": "bad"}]])
     tars = [f"data/01/aaaaaaaa-0000000{n}-{ATTEMPT}.tar" for n in range(3)]
-    mask, clusters = f"masks/01/{ATTEMPT}", f"dedup/v000003-{ATTEMPT}.parquet"
+    mask, clusters = f"masks/01/{ATTEMPT}", f"dedup/{ATTEMPT}/clusters.parquet"
     put(store, *tars, mask, clusters)
     next_version(store, tar=tars[0], mask=mask)
     next_version(store, tar=store.url_of(tars[1]), mask=None, note=f"near, clusters: {clusters}")

@@ -1,7 +1,10 @@
 """The command line over what the open web offers: URL lists, tars, shards of others."""
 
+import hashlib
 import io
 import json
+import os
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
-from tests.shard_tools.conftest import shard_tools
+from tests.shard_tools.conftest import shard_tools, spawn_shard_tools
 from tests.support.dataset import pictures
 from tests.support.http_server import HttpServer, Page
 
@@ -215,3 +218,32 @@ def test_duplicates_in_a_shard(images: list[bytes], tmp_path: Path) -> None:
     arguments = ("pack", str(tmp_path / "in"), str(tmp_path / "set"), "--workers", "1", "--json")
     packed = shard_tools(*arguments, "--unique").json()
     assert (packed["packed"], packed["rejected"]) == (2, {"duplicate": 2})
+
+
+def crash_on_narrow(pixels: Any, columns: Any) -> bool:
+    """Stands for a decoder that dies of an image."""
+    if columns["width"] < 45:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return True
+
+
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_decoder_that_dies_takes_only_its_image(tmp_path: Path, engine: str) -> None:
+    """… on either engine, and what is packed is the same on both."""
+    (tmp_path / "in").mkdir()
+    images = pictures(30)
+    narrow = 0
+    for number, body in enumerate(images):
+        narrow += Image.open(io.BytesIO(body)).width < 45
+        (tmp_path / "in" / f"{number:02d}.jpg").write_bytes(body)
+    name = f"{__name__}.crash_on_narrow"
+    arguments = ("--shard-rows", "15", "--workers", "2", "--filter", name, "--json")
+    pack = ("pack", str(tmp_path / "in"), str(tmp_path / "set"), *arguments)
+    packed = spawn_shard_tools(*pack, "--engine", engine).json()
+    assert packed["rejected"] == {"decoder died": narrow}
+    assert packed["packed"] == len(images) - narrow
+    assert 0 < narrow < 20
+    digests = [row["sha256"] for row in rows_of(tmp_path / "set") if row["status"] == "ok"]
+    assert digests == [
+        hashlib.sha256(body).digest() for body in images if Image.open(io.BytesIO(body)).width >= 45
+    ]

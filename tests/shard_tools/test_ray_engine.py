@@ -29,8 +29,6 @@ from tests.shard_tools.test_engine import (
 
 ray = pytest.importorskip("ray")
 
-LOGS = Path("/tmp/ray/session_latest/logs")
-
 
 @pytest.fixture(scope="module", autouse=True)
 def running_ray() -> Iterator[None]:
@@ -152,7 +150,9 @@ def test_the_environment_reaches_a_cluster_and_no_log() -> None:
     )
     assert ended.stdout.split() == ["3", "None", secret], ended.stderr
     assert ended.stderr == ""
-    logs = [path for path in LOGS.rglob("*") if path.is_file()]
+    here = ray.get_runtime_context()
+    folder = Path(here.get_temp_dir(), here.get_session_name(), "logs")
+    logs = [path for path in folder.rglob("*") if path.is_file()]
     assert logs
     assert not [path for path in logs if secret.encode() in path.read_bytes()]
 
