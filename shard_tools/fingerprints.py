@@ -123,11 +123,8 @@ def _choose(names: Sequence[str], preferred: Sequence[str]) -> int:
 
 
 def _lines(file: BinaryIO) -> Iterator[str]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    try:
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         yield from text
-    finally:
-        text.detach()  # the file is its opener's to close
 
 
 @contextlib.contextmanager

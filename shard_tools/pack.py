@@ -29,10 +29,11 @@ from shard_tools.commits import (
     read_unit_commits,
 )
 from shard_tools.download import DownloadSettings
-from shard_tools.engine import Engine, EngineKind, count, make_engine
+from shard_tools.engine import Engine, EngineKind, make_engine
 from shard_tools.filters import load_filter
 from shard_tools.inputs import Arrival, read_inputs, tar_file
 from shard_tools.judge import Accepted, RejectedError, judge, watched
+from shard_tools.local_engine import count
 from shard_tools.plan import PackSettings, Plan, read_unit
 from shard_tools.sandbox import Sandbox
 from shard_tools.sources import Kind, PlannedInput

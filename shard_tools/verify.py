@@ -34,7 +34,7 @@ from pipeline.errors import (
 from pipeline.manifest import Snapshot
 from pipeline.shards import Sample, kept_rows, read_adopted_samples, read_index, read_samples
 from pipeline.store import PART_BYTES, Store, open_store, resolve
-from shard_tools.engine import LocalEngine, count
+from shard_tools.local_engine import LocalEngine, count
 
 DECODED_SAMPLES = 4  # a shard, the first among them
 

@@ -1,7 +1,7 @@
 """What becomes of other projects' test images, broken and hostile ones among them.
 
     python -m tests.bench.corpora     download, judge, and write VERDICTS.md
-    corpus_rows()                     the same as rows of `make bench`
+    rows()                            the same as rows of `make bench`
 
 Every file of three corpora goes through a Sandbox with the default settings: the images of Pillow's
 source distribution, and of Debian's source packages of gdk-pixbuf and exiv2. They are downloaded by
@@ -41,6 +41,9 @@ _CORPORA = {  # name -> (what its archive's name starts with, folders of images 
 }
 
 
+GROUP = "pack."
+
+
 @dataclass(frozen=True)
 class Corpus:
     """The verdicts on one corpus; every file's is OK or the reason of its rejection."""
@@ -55,7 +58,7 @@ class Corpus:
         return sum(each == verdict for each in self.verdicts.values())
 
 
-def corpus_rows() -> Iterator[Row]:
+def rows() -> Iterator[Row]:
     """Four rows a corpus; without a value where it cannot be downloaded."""
     for name in _CORPORA:
         label = f"pack.corpus_{name.replace('-', '_')}"

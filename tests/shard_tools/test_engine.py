@@ -17,11 +17,10 @@ from shard_tools import engine
 from shard_tools.engine import (
     STORE_ATTEMPTS,
     TASK_ATTEMPTS,
-    LocalEngine,
     WorkerDiedError,
-    count,
     make_engine,
 )
+from shard_tools.local_engine import LocalEngine, count
 
 PATIENCE_S = 60.0  # what sleeps as long is killed, or the test fails
 
@@ -277,7 +276,7 @@ def test_no_worker_is_left_when_the_results_are_given_up(tmp_path: Path) -> None
 
 STAY = """
 import sys
-from shard_tools.engine import LocalEngine
+from shard_tools.local_engine import LocalEngine
 from tests.shard_tools.test_engine import stay
 results = LocalEngine(stay, workers=2).run([sys.argv[1]] * 2)
 next(results)
@@ -306,7 +305,7 @@ def test_workers_end_with_their_parent(tmp_path: Path, ending: signal.Signals) -
 def test_a_program_ends_with_results_not_asked_for() -> None:
     """Its exit would wait for the workers, and they for their tasks."""
     program = (
-        "from shard_tools.engine import LocalEngine\n"
+        "from shard_tools.local_engine import LocalEngine\n"
         "from tests.shard_tools.test_engine import square\n"
         "results = LocalEngine(square, workers=2).run(range(9))\n"
         "print(next(results) in (0, 1))\n"

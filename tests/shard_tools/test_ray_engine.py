@@ -12,7 +12,8 @@ import pytest
 
 from pipeline.errors import AccessDeniedError, CropstreamError, ShardError, StoreError, UsageError
 from shard_tools import engine, ray_engine
-from shard_tools.engine import STORE_ATTEMPTS, LocalEngine, WorkerDiedError, make_engine
+from shard_tools.engine import STORE_ATTEMPTS, WorkerDiedError, make_engine
+from shard_tools.local_engine import LocalEngine
 from shard_tools.ray_engine import RayEngine, connect
 from tests.shard_tools.test_engine import (
     PATIENCE_S,
