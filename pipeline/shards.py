@@ -36,7 +36,14 @@ INDEX_VERSION = b"1"
 
 _VERSION_KEY = b"cropstream.index"
 _MAX_NAME_BYTES = 100
-_OWNER = b"cropstream"
+_OWNER = b"cropstream".ljust(32, b"\0")
+# The parts of a header that all members share, and what they add to its checksum.
+_MODE_AND_IDS = b"0000644\x000000000\x000000000\x00"
+_TIME = b"\x0000000000000\x00"
+_HEADER_TAIL = (
+    b"0" + bytes(100) + b"ustar\x0000" + _OWNER + _OWNER + b"0000000\x000000000\x00"
+).ljust(356, b"\0")
+_HEADER_SUM = sum(_MODE_AND_IDS + _TIME + b" " * 8 + _HEADER_TAIL)
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -147,7 +154,9 @@ class ShardWriter:
             crc32c=crc32c(data),
             sha256=sha256 or hashlib.sha256(data).digest(),
         )
-        self._write(b"".join((header, data, bytes(-len(data) % BLOCK_BYTES))))
+        self._write(self._padding + header)
+        self._write(data)
+        self._padding = bytes(-len(data) % BLOCK_BYTES)
         self._hash.add(header, entry.sha256)
         self.num_samples += 1
         return entry
@@ -157,9 +166,10 @@ class ShardWriter:
         self._write(END_OF_ARCHIVE)
         return self._hash.digest()
 
-    def _write(self, data: bytes) -> None:
-        self._output.write(data)
-        self.size_bytes += len(data)
+    def _write(self, *pieces: bytes) -> None:
+        for piece in pieces:  # joining them would cost more than it saves
+            self._output.write(piece)
+            self.size_bytes += len(piece)
 
 
 def crc32c(data: bytes) -> int:
@@ -187,15 +197,11 @@ def member_header(name: str, size_bytes: int) -> bytes:
         raise ValueError(f"member name {name!r} has more than {_MAX_NAME_BYTES} bytes")
     if not 0 <= size_bytes <= MAX_SAMPLE_BYTES:
         raise ValueError(f"{name}: {size_bytes} bytes do not fit into a USTAR member (8 GiB)")
-    head = b"%s0000644\x000000000\x000000000\x00%011o\x0000000000000\x00" % (
-        encoded.ljust(_MAX_NAME_BYTES, b"\0"),
-        size_bytes,
+    size = b"%011o" % size_bytes
+    checksum = sum(encoded) + sum(size) + _HEADER_SUM
+    return b"".join(
+        (encoded.ljust(_MAX_NAME_BYTES, b"\0"), _MODE_AND_IDS, size, _TIME, b"%06o\0 " % checksum, _HEADER_TAIL)
     )
-    owner = _OWNER.ljust(32, b"\0")
-    tail = b"0" + bytes(100) + b"ustar\x0000" + owner + owner + b"0000000\x000000000\x00"
-    tail = tail.ljust(BLOCK_BYTES - len(head) - 8, b"\0")
-    checksum = sum(head) + sum(tail) + 8 * ord(" ")
-    return head + b"%06o\0 " % checksum + tail
 
 
 def encode_index(rows: Sequence[Mapping[str, Any]], extra_columns: Sequence[str] = ()) -> bytes:

@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pipeline.errors import UsageError, run_command
 from pipeline.manifest import Snapshot, latest_version, read_snapshot
 from pipeline.store import Store, open_store
-from shard_tools import commits, gallery, gc, mask, retry, show, stats, verify
+from shard_tools import commits, dedup, gallery, gc, mask, retry, show, stats, verify
 from shard_tools.arguments import build_parser, given_settings, pack_options, pack_settings
 from shard_tools.pack import PackOptions, PackReport, pack
 from shard_tools.plan import Plan, list_plans, make_plan, read_plan
@@ -171,6 +171,41 @@ def _print_snapshot(snapshot: Snapshot) -> None:
 # what looks after them
 
 
+def _dedup(arguments: argparse.Namespace) -> None:
+    dataset = open_store(arguments.dataset)
+    images = read_snapshot(dataset).num_kept
+    with Progress("reading indexes", images) as progress:
+        report = dedup.dedup(
+            dataset,
+            near=not arguments.exact,
+            distance=arguments.distance,
+            prefer=arguments.prefer,
+            dry_run=arguments.dry_run,
+            memory_bytes=arguments.memory,
+            threads=os.cpu_count() or 1,
+            on_tick=progress.show,
+        )
+    if arguments.json:
+        numbers = {
+            name: getattr(report, name)
+            for name in ("images", "exact", "near", "clusters", "clusters_url", "without_hash",
+                         "flat", "seconds", "is_new")
+        }  # fmt: skip
+        print(json.dumps({**numbers, "snapshot": report.snapshot.version}))
+        return
+    verb = "would go" if arguments.dry_run else "dropped"
+    print(f"{verb:<11} {report.exact} exact and {report.near} near duplicates of {report.images}")
+    print(
+        f"clusters    {report.clusters}{f', {report.clusters_url}' if report.clusters_url else ''}"
+    )
+    if report.without_hash or report.flat:
+        print(
+            f"exact only  {report.without_hash} images never decoded, {report.flat} flat ones, "
+            "whose hash tells nothing"
+        )
+    _print_snapshot(report.snapshot)
+
+
 def _mask(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
     if arguments.restore is not None:
@@ -280,6 +315,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "seal": _seal,
     "adopt": _adopt,
     "retry": _retry,
+    "dedup": _dedup,
     "mask": _mask,
     "verify": _verify,
     "stats": _stats,

@@ -187,6 +187,13 @@ def _add_dedup(commands: _Commands) -> None:
         default="largest",
         help="which one of a cluster stays (default: %(default)s)",
     )
+    parser.add_argument(
+        "--memory",
+        type=_bytes,
+        default=_half_of_memory(),
+        metavar="SIZE",
+        help="that it may take; 120 bytes an image are needed (default: half of this machine's)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be dropped")
     _add_json(parser)
 
@@ -453,6 +460,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 # ----------------------------------------------------------------------------------------
 # values
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _bytes(text: str) -> int:

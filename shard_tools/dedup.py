@@ -267,6 +267,7 @@ def _write_clusters(dataset: Store, snapshot: Snapshot, found: _Found, memory_by
             "threads": "1",
         }
         with duckdb.connect(str(Path(folder) / "clusters.db"), config=settings) as connection:
+            connection.execute("SET enable_progress_bar = false").fetchall()  # it goes to stdout
             connection.register("piece", CLUSTERS_SCHEMA.empty_table())
             connection.execute("CREATE TABLE clusters AS FROM piece").fetchall()
             for piece in _cluster_pieces(dataset, snapshot, found):

@@ -194,6 +194,7 @@ def _samples(shown: Sequence[Thumbnail], num_kept: int) -> Html:
         return page.card("Samples", Html('<p class="note">No image is kept.</p>'))
     figures = page.join([_figure(each) for each in shown])
     title = f"{len(shown):,} of {num_kept:,} images, drawn at random"
+    title = title if len(shown) < num_kept else f"All {num_kept:,} images"
     return page.card(title, Html(f'<div class="samples">\n{figures}\n</div>'))
 
 
@@ -356,7 +357,7 @@ def _shard_row(snapshot: Snapshot, shard: int) -> list[Html]:
     ]
 
 
-# Near duplicates
+# Duplicates
 
 
 @dataclass(frozen=True)
@@ -374,10 +375,10 @@ class _Clusters:
         if not self.key:
             return Html("")
         if self.problem:
-            return page.card("Near duplicates", Html(""), note=self.problem)
+            return page.card("Duplicates", Html(""), note=self.problem)
         rows = page.join([_cluster(cluster, pictures) for cluster in self.found])
         note = f"The largest clusters and random ones of {self.key}; one image of each stays."
-        return page.card("Near duplicates", rows, note=note)
+        return page.card("Duplicates", rows, note=note)
 
 
 def _find_clusters(dataset: Store, snapshot: Snapshot, seed: int) -> _Clusters:
@@ -416,8 +417,10 @@ def _member(member: Member, pictures: dict[_Place, Thumbnail]) -> Html:
         picture = Thumbnail(Pick(member.shard, row), problem="not in this version")
     if member.kept:
         return _figure(picture, kind="chosen", remark="kept")
-    bits = "" if member.distance is None else f"{member.distance} bits away"
-    return _figure(picture, remark=bits)
+    if not member.distance:
+        return _figure(picture, remark="same hash")
+    bits = "1 bit" if member.distance == 1 else f"{member.distance} bits"
+    return _figure(picture, remark=f"{bits} away")
 
 
 # Small parts
@@ -426,6 +429,13 @@ def _member(member: Member, pictures: dict[_Place, Thumbnail]) -> Html:
 def _source(source: str) -> Html:
     """A link to an image; a member of a tar is none, a click should not load the whole tar."""
     return page.text(source) if is_tar_member(source) else page.link(source)
+
+
+def _short_source(source: str) -> Html:
+    """As `_source`, but of a path only the last two names: a caption has room for these."""
+    if page.is_plain_web_url(source) and not is_tar_member(source):
+        return page.link(source)
+    return page.text("/".join(source.split("/")[-2:]))
 
 
 def _dimensions(row: dict[str, object]) -> Html:

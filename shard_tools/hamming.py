@@ -8,15 +8,16 @@ WWW 2007; they keep the tables to look up new hashes, here each is sorted, scann
 
 Hashes of real images are not random: where many agree on a key, comparing them would again be n².
 Such buckets are joined the same way by the bits that are left, and so on, so that no hash is ever
-compared with more than `SCAN` others of its bucket in one table.
+compared with more than `SCAN` others of its bucket in one table. And some bits differ seldom: they
+are dealt out so that each block gets its share of those that do.
 
 Everything is numpy on whole arrays, which sorts and counts without the interpreter's lock.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from math import comb
 
 import numpy as np
@@ -32,52 +33,66 @@ Hashes = npt.NDArray[np.uint64]
 Numbers = npt.NDArray[np.int64]
 Pairs = tuple[Hashes, Hashes]
 
-_PIECE = 2**16  # hashes permuted at once: they stay in the processor's cache
+_PIECE = 2**15  # hashes permuted at once: they stay in the processor's cache
+_SAMPLE = 10_000  # hashes that are looked at to learn which bits differ
 _MOST_BLOCKS = 6  # more than the distance
 # What one hash costs a table, one comparison, and a table itself, in ns; they only choose b.
-_HASH_NS, _COMPARISON_NS, _TABLE_NS = 50, 10, 200_000
+_HASH_NS, _COMPARISON_NS, _TABLE_NS = 50, 10, 700_000
+
+
+class _Permutation:
+    """Moves bits: bit `order[k]` of a hash becomes bit k. A byte at a time, by table."""
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self.order = tuple(order)
+        self._bytes = np.zeros((HASH_BITS // 8, 256), np.uint64)
+        values = np.arange(256, dtype=np.uint64)
+        for target, source in enumerate(order):
+            bit = (values >> np.uint64(source % 8)) & np.uint64(1)
+            self._bytes[source // 8] |= bit << np.uint64(target)
+
+    def __call__(self, hashes: Hashes) -> Hashes:
+        result = np.empty_like(hashes)
+        for start in range(0, len(hashes), _PIECE):
+            piece = hashes[start : start + _PIECE]
+            moved = self._bytes[0][piece & np.uint64(255)]
+            for number in range(1, len(self._bytes)):
+                byte = (piece >> np.uint64(8 * number)) & np.uint64(255)
+                moved |= self._bytes[number][byte]
+            result[start : start + _PIECE] = moved
+        return result
+
+    def inverse(self) -> "_Permutation":
+        return _Permutation([int(place) for place in np.argsort(self.order)])
 
 
 @dataclass(frozen=True)
 class _Table:
-    """One choice of blocks: the low `bits` bits of a hash, cut into blocks, some of them chosen."""
+    """One choice of blocks of the low `bits` bits of hashes that agree on the others."""
 
     bits: int
-    blocks: tuple[tuple[int, int], ...]  # (lowest bit, width), from the high end down
-    chosen: tuple[int, ...]  # numbers of the blocks that must be equal
+    blocks: tuple[tuple[int, ...], ...]  # the bits of each
+    chosen: tuple[int, ...]  # the blocks that must be equal, ascending
 
     @property
     def rest(self) -> int:
         """Bits that are not chosen."""
-        return self.bits - sum(self.blocks[number][1] for number in self.chosen)
+        return self.bits - sum(len(self.blocks[number]) for number in self.chosen)
 
-    def permuted(self, hashes: Hashes) -> Hashes:
-        """The hashes with the chosen blocks moved up, right below the bits that are no part."""
-        return _in_pieces(hashes, lambda piece: _move(piece, self._moves()))
+    def permutation(self) -> _Permutation:
+        """Moves the chosen blocks up, right below the bits that are in no block."""
+        chosen = [bit for number in self.chosen for bit in self.blocks[number]]
+        others = sorted(set(range(self.bits)) - set(chosen))
+        return _Permutation([*others, *chosen, *range(self.bits, HASH_BITS)])
 
-    def restored(self, hashes: Hashes) -> Hashes:
-        """The inverse of `permuted`."""
-        back = [(target, low, width) for low, target, width in self._moves()]
-        return _move(hashes, back)
-
-    def is_first_for(self, hashes: Pairs) -> npt.NDArray[np.bool_]:
+    def is_first_for(self, pairs: Pairs) -> npt.NDArray[np.bool_]:
         """Whether a pair that agrees on the chosen blocks agrees on none before: it is met once."""
-        difference = hashes[0] ^ hashes[1]
-        masks = np.array([((1 << width) - 1) << low for low, width in self.blocks], np.uint64)
+        difference = pairs[0] ^ pairs[1]
+        masks = np.array([sum(1 << bit for bit in block) for block in self.blocks], np.uint64)
         is_equal = (difference[:, None] & masks) == 0
         is_early = is_equal & (np.cumsum(is_equal, axis=1) <= len(self.chosen))
         result: npt.NDArray[np.bool_] = is_early[:, self.chosen].all(axis=1)
         return result
-
-    def _moves(self) -> list[tuple[int, int, int]]:
-        """(from bit, to bit, width) for every part of a hash."""
-        others = [number for number in range(len(self.blocks)) if number not in self.chosen]
-        moves, target = [], self.bits
-        for low, width in (self.blocks[number] for number in (*self.chosen, *others)):
-            target -= width
-            moves.append((low, target, width))
-        above = HASH_BITS - self.bits
-        return [*moves, (self.bits, self.bits, above)] if above else moves
 
 
 def near_pairs(
@@ -93,7 +108,7 @@ def near_pairs(
 
     Raises UsageError if there are more than `max_pairs`.
     """
-    tables = _tables(len(hashes), len(hashes), HASH_BITS, distance) if distance else []
+    tables = _tables(hashes, HASH_BITS, distance) if distance else []
     found: list[Pairs] = []
     num_found = 0
     with ThreadPoolExecutor(threads) as workers:
@@ -112,26 +127,45 @@ def near_pairs(
     return np.minimum(*places), np.maximum(*places)
 
 
-def _tables(num_hashes: int, bucket: int, bits: int, distance: int) -> list[_Table]:
-    """The cheapest set of tables for hashes in buckets of `bucket` that share all higher bits."""
+def _tables(ordered: Hashes, bits: int, distance: int) -> list[_Table]:
+    """The cheapest set of tables for hashes in buckets that agree on all but the low `bits`."""
+    shares, bucket = _differing(ordered, bits)
+    telling_bits = _entropy(shares).sum()
 
     def cost_ns(num_blocks: int) -> float:
-        width = bits * (num_blocks - distance) / num_blocks
-        comparisons = bucket / 2**width
-        each = _TABLE_NS + num_hashes * (_HASH_NS + _COMPARISON_NS * comparisons)
-        return comb(num_blocks, distance) * each
+        width = telling_bits * (num_blocks - distance) / num_blocks
+        comparisons = min(bucket / 2**width, SCAN)
+        each = _TABLE_NS + len(ordered) * (_HASH_NS + _COMPARISON_NS * comparisons)
+        return float(comb(num_blocks, distance) * each)
 
     most = min(distance + _MOST_BLOCKS, bits)
     num_blocks = min(range(distance + 1, most + 1), key=cost_ns)
-    blocks = _cut(bits, num_blocks)
+    dealt = np.argsort(-_entropy(shares), kind="stable").tolist()
+    blocks = tuple(tuple(dealt[number::num_blocks]) for number in range(num_blocks))
     choices = combinations(range(num_blocks), num_blocks - distance)
     return [_Table(bits, blocks, chosen) for chosen in choices]
 
 
-def _cut(bits: int, num_blocks: int) -> tuple[tuple[int, int], ...]:
-    """Blocks of nearly the same width, from the high end down."""
-    edges = [bits * number // num_blocks for number in range(num_blocks + 1)]
-    return tuple((low, high - low) for low, high in pairwise(edges))[::-1]
+def _differing(ordered: Hashes, bits: int) -> tuple[npt.NDArray[np.float64], float]:
+    """In which share of the hashes each low bit differs from the bucket's first one; mean size."""
+    if not len(ordered):
+        return np.zeros(bits), 0.0
+    is_first = np.ones(len(ordered), np.bool_)
+    is_first[1:] = ~_agree(ordered[1:], ordered[:-1], bits)
+    firsts = np.flatnonzero(is_first)
+    sample = np.arange(0, len(ordered), -(-len(ordered) // _SAMPLE))
+    bucket = np.searchsorted(firsts, sample, side="right") - 1
+    difference = ordered[sample] ^ ordered[firsts[bucket]]
+    single = np.uint64(1) << np.arange(bits, dtype=np.uint64)
+    shares = ((difference[:, None] & single) != 0).mean(axis=0)
+    return shares, len(ordered) / len(firsts)
+
+
+def _entropy(shares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of coins that fall so, in bits."""
+    inner = np.clip(shares, 1e-12, 1 - 1e-12)
+    result: npt.NDArray[np.float64] = -inner * np.log2(inner) - (1 - inner) * np.log2(1 - inner)
+    return result
 
 
 def _of_table(hashes: Hashes, table: _Table, distance: int, max_pairs: int) -> Pairs:
@@ -147,40 +181,40 @@ def _of_table(hashes: Hashes, table: _Table, distance: int, max_pairs: int) -> P
 
 def _join(hashes: Hashes, table: _Table, distance: int) -> Iterator[Pairs]:
     """The pairs that agree on the table's chosen blocks and all higher bits, and on no earlier."""
-    permuted = table.permuted(hashes)
-    permuted.sort()
-    large, num_large = _large_buckets(permuted, table.rest)
-    small = permuted if large is None else permuted[~large]
-    for pairs in _scan(small, table.rest, distance):
-        yield from _first_ones(table, pairs)
-    if large is None:
+    permutation = table.permutation()
+    restore = permutation.inverse()
+    for pairs in _join_permuted(permutation(hashes), table.rest, distance):
+        if len(pairs[0]):
+            first, second = restore(pairs[0]), restore(pairs[1])
+            is_first = table.is_first_for((first, second))
+            yield first[is_first], second[is_first]
+
+
+def _join_permuted(hashes: Hashes, rest: int, distance: int) -> Iterator[Pairs]:
+    """The pairs that agree on all but the `rest` lowest bits. Sorts the hashes in place."""
+    hashes.sort()
+    is_large = _in_large_bucket(hashes, rest)
+    if is_large is None:
+        yield from _scan(hashes, rest, distance)
         return
-    rest = permuted[large]
-    del permuted, small, large
-    for further in _tables(len(rest), len(rest) // num_large, table.rest, distance):
-        for pairs in _join(rest, further, distance):
-            yield from _first_ones(table, pairs)
+    large, small = hashes[is_large], hashes[~is_large]
+    del hashes, is_large
+    yield from _scan(small, rest, distance)
+    for table in _tables(large, rest, distance):
+        yield from _join(large, table, distance)
 
 
-def _first_ones(table: _Table, pairs: Pairs) -> Iterator[Pairs]:
-    if len(pairs[0]):
-        first, second = table.restored(pairs[0]), table.restored(pairs[1])
-        is_first = table.is_first_for((first, second))
-        yield first[is_first], second[is_first]
-
-
-def _large_buckets(ordered: Hashes, rest: int) -> tuple[npt.NDArray[np.bool_] | None, int]:
-    """Which hashes lie in buckets of more than SCAN, and how many such buckets there are."""
+def _in_large_bucket(ordered: Hashes, rest: int) -> npt.NDArray[np.bool_] | None:
+    """Which hashes lie in buckets of more than SCAN, None if none does."""
     if len(ordered) <= SCAN or 2**rest <= SCAN:
-        return None, 0
+        return None
     begins = np.flatnonzero(_agree(ordered[:-SCAN], ordered[SCAN:], rest))
     if not len(begins):
-        return None, 0
+        return None
     edges = np.zeros(len(ordered) + 1, np.int32)
     np.add.at(edges, begins, 1)
     np.add.at(edges, begins + SCAN + 1, -1)
-    keys = ordered[begins] >> np.uint64(rest)
-    return np.cumsum(edges[:-1]) > 0, 1 + int((keys[1:] != keys[:-1]).sum())
+    return np.cumsum(edges[:-1]) > 0
 
 
 def _scan(ordered: Hashes, rest: int, distance: int) -> Iterator[Pairs]:
@@ -201,23 +235,6 @@ def _agree(first: Hashes, second: Hashes, rest: int) -> npt.NDArray[np.bool_]:
     difference = first ^ second
     difference >>= np.uint64(rest)
     result: npt.NDArray[np.bool_] = difference == 0
-    return result
-
-
-def _move(hashes: Hashes, moves: Sequence[tuple[int, int, int]]) -> Hashes:
-    moved = np.zeros_like(hashes)
-    for low, target, width in moves:
-        part = hashes >> np.uint64(low)
-        part &= np.uint64((1 << width) - 1)
-        part <<= np.uint64(target)
-        moved |= part
-    return moved
-
-
-def _in_pieces(hashes: Hashes, change: Callable[[Hashes], Hashes]) -> Hashes:
-    result = np.empty_like(hashes)
-    for start in range(0, len(hashes), _PIECE):
-        result[start : start + _PIECE] = change(hashes[start : start + _PIECE])
     return result
 
 

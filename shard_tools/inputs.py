@@ -1,5 +1,8 @@
 """The bytes of a unit's inputs, in order: read ahead from stores, downloaded, or out of tars."""
 
+import contextlib
+import os
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +24,11 @@ UNREADABLE = "unreadable"  # a local file that may not, or cannot, be read
 
 READ_AHEAD_BYTES = 64 * 2**20  # a worker
 READERS = 8  # requests at once, a worker
-GROUP_FILES, GROUP_BYTES = 16, 2 * 2**20  # local files that a thread reads in one go
+GROUP_FILES, GROUP_BYTES = 16, 2 * 2**20  # local files that are fetched in one go
+NEAR_S = 1e-3  # that it takes at most to open a file that is near
+
+_LOCAL = "file://"
+_Fetched = bytes | SampleError | None  # None: a local file, which the kernel has been told to read
 
 
 @dataclass(slots=True)
@@ -64,41 +71,95 @@ def described(planned: PlannedInput) -> dict[str, Any]:
 
 
 def _read_ahead(files: Sequence[PlannedInput], max_bytes: int) -> Iterator[Arrival]:
-    """Every file, several being read at once meanwhile."""
-    pending: deque[tuple[int, Future[list[Arrival]]]] = deque()
+    """Every file, those that come next being fetched meanwhile."""
+    pending: deque[_Group] = deque()
     ahead_bytes = 0
-    with ThreadPoolExecutor(READERS) as readers:
+    with _Fetchers(max_bytes) as fetchers:
         for group in _groups(files):
             size = sum(min(file.size_bytes or 0, max_bytes) for file in group)
             while pending and (
                 ahead_bytes + size > READ_AHEAD_BYTES or len(pending) >= 2 * READERS
             ):
-                first_size, first = pending.popleft()
-                ahead_bytes -= first_size
-                yield from first.result()
-            pending.append((size, readers.submit(_read_group, group, max_bytes)))
+                ahead_bytes -= pending[0].size_bytes
+                yield from _arrivals(pending.popleft(), max_bytes)
+            pending.append(_Group(group, size, fetchers.begin(group)))
             ahead_bytes += size
-        for _, first in pending:
-            yield from first.result()
+        for rest in pending:
+            yield from _arrivals(rest, max_bytes)
 
 
 def _groups(files: Sequence[PlannedInput]) -> Iterator[Sequence[PlannedInput]]:
-    """What one thread reads at a time: reading a local file costs less than handing it over."""
+    """What is fetched in one go: with local files, handing over costs more than fetching."""
     group: list[PlannedInput] = []
     group_bytes = 0
     for file in files:
         group.append(file)
         group_bytes += file.size_bytes or 0
-        is_local = file.source.startswith("file://")
-        if not is_local or len(group) >= GROUP_FILES or group_bytes >= GROUP_BYTES:
+        if not _is_local(file) or len(group) >= GROUP_FILES or group_bytes >= GROUP_BYTES:
             yield group
             group, group_bytes = [], 0
     if group:
         yield group
 
 
-def _read_group(files: Sequence[PlannedInput], max_bytes: int) -> list[Arrival]:
-    return [Arrival(file.row, described(file), _bytes_or_error(file, max_bytes)) for file in files]
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Files that are being fetched."""
+
+    files: Sequence[PlannedInput]
+    size_bytes: int
+    fetched: Future[list[_Fetched]]
+
+
+def _arrivals(group: _Group, max_bytes: int) -> Iterator[Arrival]:
+    for file, fetched in zip(group.files, group.fetched.result(), strict=True):
+        data = _bytes_or_error(file, max_bytes) if fetched is None else fetched
+        yield Arrival(file.row, described(file), data)
+
+
+class _Fetchers(ThreadPoolExecutor):
+    """Fetch groups of files.
+
+    Of a local file the kernel is told to read it; the caller copies the bytes when it is their
+    turn, since bytes that one thread reads and another gives back are fresh memory every time,
+    whose page faults cost more than all else here. Where even opening takes long, as on a network
+    file system, threads do that too.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(READERS)
+        self._max_bytes = max_bytes
+        self._is_near = True
+
+    def begin(self, files: Sequence[PlannedInput]) -> Future[list[_Fetched]]:
+        """Begin to fetch a group."""
+        if not (self._is_near and _is_local(files[0])):
+            return self.submit(self._fetch, files)
+        started = time.perf_counter()
+        done: Future[list[_Fetched]] = Future()
+        done.set_result(self._fetch(files))
+        self._is_near = time.perf_counter() - started < NEAR_S * len(files)
+        return done
+
+    def _fetch(self, files: Sequence[PlannedInput]) -> list[_Fetched]:
+        return [
+            _prefetch(file) if _is_local(file) else _bytes_or_error(file, self._max_bytes)
+            for file in files
+        ]
+
+
+def _is_local(file: PlannedInput) -> bool:
+    return file.source.startswith(_LOCAL)
+
+
+def _prefetch(file: PlannedInput) -> None:
+    """Have the kernel read a local file. What is wrong with it shows when it is its turn."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file.source.removeprefix(_LOCAL), os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
 
 
 def _bytes_or_error(file: PlannedInput, max_bytes: int) -> bytes | SampleError:
@@ -117,18 +178,29 @@ def _read(file: PlannedInput, max_bytes: int) -> bytes:
     planned_bytes = file.size_bytes
     if planned_bytes is not None and planned_bytes > max_bytes:
         raise SampleError(TOO_LARGE, f"{planned_bytes} bytes, allowed are {max_bytes}")
+    data = _read_local(file.source) if _is_local(file) else _read_remote(file)
+    if planned_bytes not in (None, len(data)):
+        raise SampleError(CHANGED, f"{len(data)} bytes, planned were {planned_bytes}")
+    return data
+
+
+def _read_local(source: str) -> bytes:
+    try:  # not by read_file, which would cost as much again
+        with open(source.removeprefix(_LOCAL), "rb", buffering=0) as file:
+            return file.read()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise SampleError(MISSING, f"{source}: {error.strerror}") from None
+    except OSError as error:
+        raise SampleError(UNREADABLE, f"{source}: {error.strerror}") from None
+
+
+def _read_remote(file: PlannedInput) -> bytes:
     try:
         data = read_file(file.source)
-        if planned_bytes not in (None, len(data)):  # some clients pass a cut body as success
+        if file.size_bytes not in (None, len(data)):  # some clients pass a cut body as success
             data = read_file(file.source)
     except ObjectMissingError as error:
         raise SampleError(MISSING, str(error)) from None
-    except StoreError as error:
-        if not file.source.startswith("file://"):  # elsewhere it is the store that fails
-            raise
-        raise SampleError(UNREADABLE, str(error)) from None
-    if planned_bytes not in (None, len(data)):
-        raise SampleError(CHANGED, f"{len(data)} bytes, planned were {planned_bytes}")
     return data
 
 

@@ -48,9 +48,7 @@ def exact_leaders(rows: Rows, prefer: Prefer) -> Numbers:
     leaders = np.arange(len(rows))
     high, low = rows.sha256[:, 0], rows.sha256[:, 1]
     order = np.argsort(high)
-    ordered = high[order]
-    tied = _next_to_equal(ordered[1:] == ordered[:-1])
-    members = order[tied]
+    members = order[_has_equal_neighbour(high[order])]
     members = members[np.lexsort((low[members], high[members]))]
     is_new = (high[members[1:]] != high[members[:-1]]) | (low[members[1:]] != low[members[:-1]])
     _follow_best(leaders, members, is_new, rows, prefer)
@@ -74,14 +72,11 @@ def near_leaders(
     leaders = leaders.copy()
     nodes = np.flatnonzero(has_telling_hash(rows, flat_bits) & (leaders == np.arange(len(rows))))
     nodes = nodes[np.argsort(rows.phash[nodes], kind="stable")]
-    hashes = rows.phash[nodes]
-    is_equal = hashes[1:] == hashes[:-1]
-    tied = _next_to_equal(is_equal)
-    members = nodes[tied]
+    members = nodes[_has_equal_neighbour(rows.phash[nodes])]
     is_new = rows.phash[members[1:]] != rows.phash[members[:-1]]
     _follow_best(leaders, members, is_new, rows, prefer)
     nodes = nodes[leaders[nodes] == nodes]
-    del hashes, is_equal, tied, members, is_new
+    del members, is_new
     hashes = rows.phash[nodes]
     first, second = near_pairs(hashes, distance, max_pairs=max_pairs, threads=threads)
     _lead(leaders, nodes, first, second, rows, prefer)
@@ -101,12 +96,12 @@ def distances(rows: Rows, members: Numbers, leaders: Numbers) -> npt.NDArray[np.
     return np.where(have_both, np.bitwise_count(difference), 0).astype(np.uint8)
 
 
-def _next_to_equal(is_equal: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """[N-1] equal to the next -> [N] equal to a neighbour."""
-    edge = np.zeros(1, np.bool_)
-    result: npt.NDArray[np.bool_] = np.concatenate([is_equal, edge]) | np.concatenate(
-        [edge, is_equal]
-    )
+def _has_equal_neighbour(ordered: Hashes) -> npt.NDArray[np.bool_]:
+    """Which of ascending values are there more than once, bool [N]."""
+    result = np.zeros(len(ordered), np.bool_)
+    is_equal = ordered[1:] == ordered[:-1]
+    result[1:] |= is_equal
+    result[:-1] |= is_equal
     return result
 
 

@@ -1,8 +1,9 @@
 """Any tar as members: the headers of every dialect, walked strictly from start to end.
 
 Called by shard_tools.tars. Reads USTAR, V7, PAX and GNU long names and sizes, gzipped or not.
-A reader of our own instead of the standard library's: `tarfile` takes a damaged header, and an end
-inside one, for the end of the archive, without a word; so does webdataset, which is built on it.
+A reader of our own instead of the standard library's: `tarfile` takes a damaged header, and a file
+that ends before or inside one, for the end of the archive, without a word; so does webdataset,
+which is built on it.
 Here whatever cannot be followed to a proper end is an error that says where. (The reader in
 pipeline.shards takes our own shards only.)
 """

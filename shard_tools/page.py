@@ -45,13 +45,27 @@ def hint(value: str) -> Html:
 
 def link(url: str) -> Html:
     """A link if the URL is a plain http or https one, which then is shown without scheme."""
-    if not _is_plain_web_url(url):
+    if not is_plain_web_url(url):
         return text(url)
     inner = text(url.partition("://")[2])
     return Html(
         f'<a href="{escape(url)}" rel="noopener noreferrer nofollow" '
         f'referrerpolicy="no-referrer">{inner}</a>'
     )
+
+
+def is_plain_web_url(url: str) -> bool:
+    """Whether a browser goes where the text says: no user info, no character that it would drop."""
+    is_readable = url.isprintable() and not set(url) & set(" \\\"'<>`")
+    if not is_readable or len(url) > _MAX_URL:
+        return False
+    try:
+        parts = urlsplit(url)
+        return (
+            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
+        )
+    except ValueError:
+        return False
 
 
 def join(parts: Sequence[Html], separator: str = "\n") -> Html:
@@ -131,20 +145,6 @@ def page(title: str, body: Html) -> str:
         f"<title>{escape(visible(title))}</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
-
-
-def _is_plain_web_url(url: str) -> bool:
-    """Whether a browser goes where the text says: no user info, no character that it would drop."""
-    is_readable = url.isprintable() and not set(url) & set(" \\\"'<>`")
-    if not is_readable or len(url) > _MAX_URL:
-        return False
-    try:
-        parts = urlsplit(url)
-        return (
-            parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
-        )
-    except ValueError:
-        return False
 
 
 _STYLE = """

@@ -39,7 +39,8 @@ class Predicate:
         """Raises UsageError if the expression cannot be parsed."""
         self._expression = expression
         self._connection = duckdb.connect(":memory:", config=_SETTINGS)
-        self._connection.execute("SET lock_configuration = true").fetchall()
+        for name, value in (("enable_progress_bar", "false"), ("lock_configuration", "true")):
+            self._connection.execute(f"SET {name} = {value}").fetchall()  # cursors inherit them
         self.columns = frozenset(_columns_of(self._parsed()))
 
     def holds(self, index: pa.Table) -> Flags:

@@ -132,8 +132,11 @@ class Tally:
         return sorted(self._counts, key=lambda name: (-sum(self._counts[name]), name))
 
     def _drop_rare(self) -> None:
-        for name in self._by_count()[self._max_names // 2 :]:
-            self.others = _sum(self.others, self._counts.pop(name))
+        names, counts = list(self._counts), np.array(list(self._counts.values()))
+        rare = np.argsort(-counts.sum(axis=1), kind="stable")[self._max_names // 2 :]
+        self.others = _sum(self.others, counts[rare].sum(axis=0).tolist())
+        for place in rare.tolist():
+            del self._counts[names[place]]
         self.is_exact = False
 
 

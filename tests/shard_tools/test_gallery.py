@@ -73,14 +73,15 @@ def page_of(store: Store, snapshot: Snapshot, **settings: Any) -> str:
 
 def test_what_is_on_it(store: Store, snapshot: Snapshot) -> None:
     page = page_of(store, snapshot)
-    assert "24 of 24 images" in page
+    assert "All 24 images" in page
+    assert "3 of 24 images" in page_of(store, snapshot, samples=3)
     assert page.count("<img ") == 24
     assert page.count('<svg class="chart"') == 4
     assert "HTTP 404" in page
     assert 'href="https://b.example/1"' in page
     assert "2 packed here, 0 adopted" in page
     assert "24 of 26 rows are kept" in page
-    assert "Near duplicates" not in page
+    assert "Duplicates" not in page
 
 
 @pytest.mark.parametrize("place", ["file", "s3"])
@@ -205,7 +206,7 @@ def test_clusters_that_cannot_be_read(store: Store, body: bytes | None) -> None:
             writer.write(body)
     snapshot = write_snapshot(store, [rows_of(pictures(2))], note=f"clusters: {DEDUP}")
     page = page_of(store, snapshot)
-    assert "Near duplicates" in page
+    assert "Duplicates" in page
     assert re.search("no longer there|no readable table of clusters", page)
     assert page.count("<img ") == 2
 

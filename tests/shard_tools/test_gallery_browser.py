@@ -85,7 +85,7 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("set")
     store = open_store(folder / name)
     images = pictures(len(HOSTILE))
-    kept = [
+    kept: list[dict[str, object]] = [
         {"data": image, "source": text, "label": text, "key": text, "format": text}
         for image, text in zip(images, HOSTILE, strict=True)
     ]

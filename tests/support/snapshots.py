@@ -61,7 +61,7 @@ def _write_shard(
     with store.writer(f"{name}.parquet") as writer:
         writer.write(body)
     is_kept = np.array([row["status"] == "ok" for row in index], bool)
-    found = {"tar": f"{name}.tar", "index": f"{name}.parquet", "tar_hash": tar_hash}
+    found: dict[str, Any] = {"tar": f"{name}.tar", "index": f"{name}.parquet", "tar_hash": tar_hash}
     found |= {"tar_bytes": output.info.size_bytes, "index_bytes": len(body), "rows": len(rows)}
     found |= {"tar_tag": output.info.tag, "index_sha256": hashlib.sha256(body).digest()}
     if bits is not None:
