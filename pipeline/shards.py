@@ -137,6 +137,7 @@ class ShardWriter:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._hash = ShardHash()
+        self._padding = b""  # of the last sample, written with what follows
         self.size_bytes = 0
         self.num_samples = 0
 
@@ -154,22 +155,19 @@ class ShardWriter:
             crc32c=crc32c(data),
             sha256=sha256 or hashlib.sha256(data).digest(),
         )
-        self._write(self._padding + header)
-        self._write(data)
+        self._output.write(self._padding + header)
+        self._output.write(data)  # joining it to the others would copy it
         self._padding = bytes(-len(data) % BLOCK_BYTES)
+        self.size_bytes = entry.offset + len(data) + len(self._padding)
         self._hash.add(header, entry.sha256)
         self.num_samples += 1
         return entry
 
     def finish(self) -> bytes:
         """Write the end of the archive and return the shard's hash (32 bytes)."""
-        self._write(END_OF_ARCHIVE)
+        self._output.write(self._padding + END_OF_ARCHIVE)
+        self.size_bytes += len(END_OF_ARCHIVE)
         return self._hash.digest()
-
-    def _write(self, *pieces: bytes) -> None:
-        for piece in pieces:  # joining them would cost more than it saves
-            self._output.write(piece)
-            self.size_bytes += len(piece)
 
 
 def crc32c(data: bytes) -> int:
@@ -198,10 +196,9 @@ def member_header(name: str, size_bytes: int) -> bytes:
     if not 0 <= size_bytes <= MAX_SAMPLE_BYTES:
         raise ValueError(f"{name}: {size_bytes} bytes do not fit into a USTAR member (8 GiB)")
     size = b"%011o" % size_bytes
-    checksum = sum(encoded) + sum(size) + _HEADER_SUM
-    return b"".join(
-        (encoded.ljust(_MAX_NAME_BYTES, b"\0"), _MODE_AND_IDS, size, _TIME, b"%06o\0 " % checksum, _HEADER_TAIL)
-    )
+    checksum = b"%06o\0 " % (_HEADER_SUM + sum(encoded) + sum(size))
+    name_field = encoded.ljust(_MAX_NAME_BYTES, b"\0")
+    return b"".join((name_field, _MODE_AND_IDS, size, _TIME, checksum, _HEADER_TAIL))
 
 
 def encode_index(rows: Sequence[Mapping[str, Any]], extra_columns: Sequence[str] = ()) -> bytes:

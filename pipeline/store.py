@@ -185,9 +185,12 @@ class Store:
             return False
         return True
 
-    def writer(self, key: str) -> "ObjectWriter":
-        """A context that streams an object: it appears, whole, on a clean exit, else not at all."""
-        return ObjectWriter(self, key)
+    def writer(self, key: str, *, content_type: str | None = None) -> "ObjectWriter":
+        """A context that streams an object: it appears, whole, on a clean exit, else not at all.
+
+        content_type: what a browser is told that it is, by stores that tell.
+        """
+        return ObjectWriter(self, key, content_type)
 
     def reader(self, key: str, size_bytes: int, *, tag: str | None = None) -> "ObjectReader":
         """A forward reader of an object whose size is known; checks `tag` as `get_range` does."""
@@ -300,9 +303,10 @@ class ObjectWriter:
 
     info: ObjectInfo
 
-    def __init__(self, store: Store, key: str) -> None:
+    def __init__(self, store: Store, key: str, content_type: str | None = None) -> None:
         self._store = store
         self._key = key
+        self._content_type = content_type
         self._size_bytes = 0
 
     @property
@@ -311,10 +315,14 @@ class ObjectWriter:
         return self._size_bytes
 
     def __enter__(self) -> Self:
+        has_types = isinstance(self._store._backend, S3Store)  # a file has none
         with self._translated():
             self._file = obstore.open_writer(
                 self._store._backend,
                 self._store._path(self._key),
+                attributes={"Content-Type": self._content_type}
+                if self._content_type and has_types
+                else None,
                 buffer_size=PART_BYTES,
                 max_concurrency=PARTS_IN_FLIGHT,
             )

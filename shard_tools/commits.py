@@ -143,7 +143,7 @@ def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
             f"not packed ({named}{more}): run `python -m shard_tools pack {dataset.url}`, "
             "which packs only these"
         )
-    if not any(row["kept"] for row in rows):
+    if not plan.retries and not any(row["kept"] for row in rows):
         reasons = ", ".join(f"{reason} {number}" for reason, number in rejected.most_common())
         raise UsageError(
             f"nothing to pack: all {sum(rejected.values())} inputs of {plan.source} are rejected "

@@ -73,14 +73,18 @@ class DedupReport:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Found:
     """The outcome over the kept rows of a snapshot: `leaders[n]` is what row n is dropped for."""
 
     rows: Rows
     row_numbers: npt.NDArray[np.int32]  # in the shards' indexes
     leaders: Numbers
-    exact: int
+    exact: int  # rows dropped for one of the same bytes
+
+    @property
+    def near(self) -> int:
+        return _num_dropped(self.leaders) - self.exact
 
     @property
     def is_dropped(self) -> Flags:
@@ -116,47 +120,52 @@ def dedup(
     snapshot = read_snapshot(dataset)
     _check(snapshot, distance, prefer, flat_bits, memory_bytes)
     rows, row_numbers = _read_columns(dataset, snapshot, on_tick)
-    telling = has_telling_hash(rows, flat_bits)
-    without_hash, flat = int((~rows.has_phash).sum()), int((rows.has_phash & ~telling).sum())
-    del telling
+    flat = int((rows.has_phash & ~has_telling_hash(rows, flat_bits)).sum())
     leaders = exact_leaders(rows, prefer)
     rows.sha256 = None
-    exact = int((leaders != np.arange(len(rows))).sum())
+    found = _Found(rows, row_numbers, leaders, exact=_num_dropped(leaders))
     if near:
-        spare_bytes = memory_bytes - _BASE_BYTES - _ROW_BYTES * len(rows)
-        leaders = near_leaders(
+        found.leaders = near_leaders(
             rows,
             leaders,
             distance=distance,
             flat_bits=flat_bits,
             prefer=prefer,
-            max_pairs=int(max(spare_bytes, memory_bytes / 4) / _PAIR_BYTES),
+            max_pairs=_max_pairs(len(rows), memory_bytes),
             threads=threads,
         )
-    found = _Found(rows, row_numbers, leaders, exact)
-    num_dropped = int(found.is_dropped.sum())
-    num_clusters = len(np.unique(leaders[found.is_dropped]))
-    key, is_new = None, False
-    if num_dropped and not dry_run:
+    how = f"distance {distance}" if near else "exact only"
+    key = None
+    if found.near + found.exact and not dry_run:
         key = _write_clusters(dataset, snapshot, found, memory_bytes)
         note = (
-            f"dedup of version {snapshot.version}: {exact} exact and {num_dropped - exact} near "
-            f"copies dropped{f' (distance {distance})' if near else ''}, clusters: {key}"
+            f"dedup of version {snapshot.version} ({how}): {found.exact} exact and {found.near} "
+            f"near copies dropped, clusters: {key}"
         )
-        masked = mask_snapshot(dataset, decide=_decider(dataset, snapshot, found), note=note)
-        snapshot, is_new = masked.snapshot, masked.is_new
+        decide = _decider(dataset, snapshot, found)
+        snapshot = mask_snapshot(dataset, decide=decide, note=note).snapshot
     return DedupReport(
         snapshot=snapshot,
-        is_new=is_new,
+        is_new=key is not None,
         images=len(rows),
-        exact=exact,
-        near=num_dropped - exact,
-        clusters=num_clusters,
-        without_hash=without_hash,
+        exact=found.exact,
+        near=found.near,
+        clusters=len(np.unique(found.leaders[found.is_dropped])),
+        without_hash=int((~rows.has_phash).sum()),
         flat=flat,
         clusters_url=dataset.url_of(key) if key else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _num_dropped(leaders: Numbers) -> int:
+    return int((leaders != np.arange(len(leaders))).sum())
+
+
+def _max_pairs(num_rows: int, memory_bytes: float) -> int:
+    """What fits beside the rows; a quarter of the memory at least, for many rows are not paired."""
+    spare_bytes = memory_bytes - _BASE_BYTES - _ROW_BYTES * num_rows
+    return int(max(spare_bytes, memory_bytes / 4) / _PAIR_BYTES)
 
 
 def _check(

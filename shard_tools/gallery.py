@@ -78,7 +78,7 @@ def write_gallery(
         target = output if "://" in output else str(Path(output).absolute())
         folder, _, key = target.rpartition("/")
         store = open_store(f"{folder}/")
-    with store.writer(key) as writer:
+    with store.writer(key, content_type="text/html; charset=utf-8") as writer:
         writer.write(body)
     return store.url_of(key)
 

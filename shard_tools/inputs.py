@@ -7,10 +7,11 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from typing import Any
 
 from pipeline.decode import TOO_LARGE
-from pipeline.errors import ObjectMissingError, SampleError, StoreError, UsageError
+from pipeline.errors import ObjectMissingError, SampleError, UsageError
 from pipeline.store import SourceFile, read_file
 from shard_tools.download import Downloader, DownloadSettings
 from shard_tools.lists import read_urls
@@ -142,10 +143,11 @@ class _Fetchers(ThreadPoolExecutor):
         return done
 
     def _fetch(self, files: Sequence[PlannedInput]) -> list[_Fetched]:
-        return [
-            _prefetch(file) if _is_local(file) else _bytes_or_error(file, self._max_bytes)
-            for file in files
-        ]
+        if not _is_local(files[0]):
+            return [_bytes_or_error(file, self._max_bytes) for file in files]
+        for file in files:
+            _prefetch(file)
+        return [None] * len(files)
 
 
 def _is_local(file: PlannedInput) -> bool:
@@ -186,8 +188,8 @@ def _read(file: PlannedInput, max_bytes: int) -> bytes:
 
 def _read_local(source: str) -> bytes:
     try:  # not by read_file, which would cost as much again
-        with open(source.removeprefix(_LOCAL), "rb", buffering=0) as file:
-            return file.read()
+        with FileIO(source.removeprefix(_LOCAL)) as file:
+            return file.readall()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SampleError(MISSING, f"{source}: {error.strerror}") from None
     except OSError as error:

@@ -134,7 +134,8 @@ def _files_named(source: str, suffixes: tuple[str, ...], noun: str) -> Iterator[
             found = True
             yield file
     if not found:
-        raise UsageError(f"{source}: no {noun} there; expected names that end in {suffixes}")
+        names = " or ".join(suffixes)
+        raise UsageError(f"{source}: no {noun} there; expected files named {names}")
 
 
 def sorted_files(source: str, *, run_files: int = RUN_FILES) -> Iterator[SourceFile]:

@@ -219,10 +219,8 @@ def kill_and_run_again(s3: S3Server, calm: Undisturbed, moment: Moment, number: 
     calm.job.begin(store)
     arguments = calm.job.arguments(store.url)
     code = run_behind_proxy(s3, killer, *arguments)
-    is_beyond = number > calm.num_writes
-    assert (killer.has_struck, code) == ((False, 0) if is_beyond else (True, -signal.SIGKILL)), (
-        point
-    )
+    assert killer.has_struck == (number <= calm.num_writes), point
+    assert code == (-signal.SIGKILL if killer.has_struck else 0), point
     found = look(store)
     assert found in (calm.before, calm.after), point
     assert_commits_are_whole(store, calm.after)

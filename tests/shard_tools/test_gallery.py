@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 from PIL import Image
 
 from pipeline.errors import ShardError
@@ -248,3 +249,10 @@ def test_progress_by_shard(store: Store, snapshot: Snapshot) -> None:
     ticks: list[tuple[int, int]] = []
     write_gallery(store, snapshot, on_tick=lambda *tick: ticks.append(tick))
     assert ticks == [(14, 2), (26, 2)]
+
+
+def test_a_browser_is_told_that_it_is_a_page(s3_url: str) -> None:
+    store = open_store(s3_url)
+    url = write_gallery(store, write_snapshot(store, [rows_of(pictures(2))]))
+    s3 = s3fs.S3FileSystem(skip_instance_cache=True, client_kwargs={"region_name": "us-east-1"})
+    assert s3.info(url)["ContentType"] == "text/html; charset=utf-8"

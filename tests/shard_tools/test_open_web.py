@@ -82,13 +82,16 @@ def test_from_urls_to_a_snapshot(web: HttpServer, images: list[bytes], tmp_path:
     assert (again["packed"], again["rejected"], again["snapshot"]) == (1, {}, 2)
     assert [row["caption"] for row in rows_of(tmp_path / "set")[7:]] == ["two"]
     stats = shard_tools("stats", str(tmp_path / "set"), "--json").json()
-    assert (stats["images"], stats["rejected"]) == (
-        3,
-        {"bad url": 2, "http 404": 1, "opted out": 1},
-    )
+    assert stats["images"] == 3
+    assert stats["rejected"] == {"bad url": 2, "http 404": 1, "opted out": 1}
+    still = shard_tools("retry", str(tmp_path / "set"), "--reason", "http 404", *QUICK).json()
+    assert (still["packed"], still["rejected"], still["snapshot"]) == (0, {"http 404": 1}, 3)
+    web.add("/gone.jpg", Page(images[1]))
+    found = shard_tools("retry", str(tmp_path / "set"), "--reason", "http 404", *QUICK).json()
+    assert (found["packed"], found["snapshot"]) == (1, 4)
     nothing = shard_tools("retry", str(tmp_path / "set"), "--reason", "timeout", *QUICK)
     assert (nothing.code, "no rejects with the reason timeout" in nothing.err) == (2, True)
-    assert shard_tools("verify", str(tmp_path / "set"), "--json").json()["samples"] == 3
+    assert shard_tools("verify", str(tmp_path / "set"), "--json").json()["samples"] == 4
 
 
 def test_a_list_that_changes_under_its_plan(web: HttpServer, tmp_path: Path) -> None:
