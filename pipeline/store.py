@@ -43,9 +43,12 @@ if TYPE_CHECKING:
     from obstore.store import S3Config  # not importable at run time
 
 PART_BYTES = 8 * 2**20  # S3 takes at most 10,000 parts: objects up to 80 GB
+_FILE_PART_BYTES = 2 * 2**20  # of a local file: written while they are in the processor's cache
 PARTS_IN_FLIGHT = 4
 SHORT_BODY_ATTEMPTS = 3
 _JUMP_BYTES = 64 * 2**10  # fetched first behind bytes that were passed over
+
+_CLIENT_ERRORS = (obstore_errors.BaseError, OSError, ValueError)  # what obstore raises
 
 # Finite, so that a wrong endpoint ends in a message within seconds and a stalled read is tried
 # again.
@@ -289,7 +292,7 @@ class Store:
         """Turn what obstore raises into our errors, naming the object."""
         try:
             yield
-        except (obstore_errors.BaseError, OSError, ValueError) as error:
+        except _CLIENT_ERRORS as error:
             raise _translate(error, verb, self.url_of(key)) from None
 
 
@@ -323,7 +326,7 @@ class ObjectWriter:
                 attributes={"Content-Type": self._content_type}
                 if self._content_type and has_types
                 else None,
-                buffer_size=PART_BYTES,
+                buffer_size=PART_BYTES if isinstance(self._store._backend, S3Store) else _FILE_PART_BYTES,
                 max_concurrency=PARTS_IN_FLIGHT,
             )
             self._file.__enter__()
@@ -331,8 +334,10 @@ class ObjectWriter:
 
     def write(self, data: bytes) -> None:
         """Append bytes. They are not copied: never pass a buffer that will change."""
-        with self._translated():
+        try:  # not by _translated: a context costs more than the writing of a header
             self._file.write(data)
+        except _CLIENT_ERRORS as error:
+            raise _translate(error, "write", self._store.url_of(self._key)) from None
         self._size_bytes += len(data)
 
     def __exit__(

@@ -77,7 +77,8 @@ def seal(dataset: Store, plan: Plan) -> tuple[Snapshot, bool]:
 
     Returns the snapshot that holds them, and whether it is new: a plan is sealed once. Raises
     CropstreamError, naming them, if units are missing; UsageError if the plan's source is in the
-    snapshot already under another plan, or has no image that can be used.
+    snapshot already under another plan, or has no image that can be used, or, for a retry, if
+    what it replaces was replaced meanwhile.
     """
     for _ in range(SEAL_ATTEMPTS):
         latest = latest_version(dataset)
@@ -110,12 +111,21 @@ def _before(dataset: Store, parent: Snapshot | None, plan: Plan) -> list[pa.Tabl
     if not replaced:
         return [parent.table.replace_schema_metadata(None)]
     keys = pa.array(replaced)
+    found: list[int] = []
 
     def stays(tar: str, rows: ShardRows) -> Flags:
-        is_replaced = pc.is_in(rows.table["key"], value_set=keys).to_numpy()
-        return np.asarray(~(rows.rejected & is_replaced))
+        is_replaced = rows.rejected & pc.is_in(rows.table["key"], value_set=keys).to_numpy()
+        found.append(int(is_replaced.sum()))
+        return np.asarray(~is_replaced)
 
-    return [remasked(dataset, parent, stays).replace_schema_metadata(None)]
+    table = remasked(dataset, parent, stays)
+    if sum(found) != len(replaced):
+        raise UsageError(
+            f"plan {plan.name} is another try of {len(replaced)} rejects, of which only "
+            f"{sum(found)} still are: the others were tried again meanwhile, and would be there "
+            f"twice. Leave this plan, and run `python -m shard_tools retry {dataset.url} …` again"
+        )
+    return [table.replace_schema_metadata(None)]
 
 
 def _replaced_keys(dataset: Store, plan: Plan) -> list[str]:

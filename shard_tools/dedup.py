@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -266,6 +265,8 @@ def _decider(
 
 def _write_clusters(dataset: Store, snapshot: Snapshot, found: _Found, memory_bytes: float) -> str:
     """Write the table of clusters and return its key. Sorted on disk if it is large."""
+    import duckdb  # takes a fifth of a second, which no other command needs to spend
+
     attempt = new_attempt()
     key = f"dedup/{attempt}/clusters.parquet"
     with tempfile.TemporaryDirectory(prefix="shard_tools-") as folder:

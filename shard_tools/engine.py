@@ -5,8 +5,8 @@ result a task, each from a complete execution; that nothing is done twice comes 
 themselves, which commit first-wins (see pipeline.manifest).
 
 `Engine` decides what runs next, and is the same everywhere; a `Pool` runs it: processes of this
-machine in shard_tools.local_engine, Ray tasks in shard_tools.ray_engine. Copies of stragglers follow
-MapReduce's backup tasks (Dean and Ghemawat 2004, section 3.6).
+machine in shard_tools.local_engine, Ray tasks in shard_tools.ray_engine. Copies of stragglers
+follow MapReduce's backup tasks (Dean and Ghemawat 2004, section 3.6).
 """
 
 import pickle

@@ -170,6 +170,8 @@ def refuse_twice(plan: Plan, dataset: Store, snapshot: Snapshot) -> None:
 
     Raises UsageError if the snapshot holds the plan's source under another plan.
     """
+    if plan.retries:  # it replaces what it packs
+        return
     for name in snapshot.plans:
         earlier = read_plan(dataset, name)
         if earlier.source == plan.source and name != plan.name:
@@ -202,7 +204,7 @@ def _refuse_second_plan(plan: Plan, dataset: Store, sealed: Iterable[str]) -> No
 
     Raises UsageError if there is one.
     """
-    for name in set(list_plans(dataset)) - set(sealed):
+    for name in set(list_plans(dataset)) - {plan.name, *sealed}:  # somebody may plan the same now
         waiting = read_plan(dataset, name)
         if waiting.source == plan.source:
             raise UsageError(

@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import duckdb
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -37,6 +36,8 @@ class Predicate:
 
     def __init__(self, expression: str) -> None:
         """Raises UsageError if the expression cannot be parsed."""
+        import duckdb  # takes a fifth of a second, which no worker of pack needs to spend
+
         self._expression = expression
         self._connection = duckdb.connect(":memory:", config=_SETTINGS)
         for name, value in (("enable_progress_bar", "false"), ("lock_configuration", "true")):
@@ -48,6 +49,8 @@ class Predicate:
 
         A column that the index lacks is NULL. Raises UsageError with DuckDB's reason.
         """
+        import duckdb
+
         present = {name.lower() for name in index.column_names}
         for name in sorted(self.columns - present):
             index = index.append_column(name, pa.nulls(len(index), pa.string()))

@@ -35,7 +35,7 @@ def plan_retry(dataset: Store, snapshot: Snapshot, reasons: Collection[str]) -> 
             continue  # a tar's damage does not mend
         inputs = _rejected_inputs(dataset, snapshot, plan, reasons)
         if (first := next(inputs, None)) is not None:
-            plans.append(_plan(dataset, snapshot, plan, chain([first], inputs)))
+            plans.append(_plan(dataset, plan, chain([first], inputs)))
     if not plans:
         raise UsageError(
             f"version {snapshot.version} of {dataset.url} has no rejects with the reason "
@@ -51,10 +51,10 @@ def unit_of(tar: str, plan: str) -> int | None:
     return int(match[2]) if match is not None and match[1] == plan[:8] else None
 
 
-def _plan(dataset: Store, snapshot: Snapshot, plan: Plan, inputs: Iterator[PlannedInput]) -> Plan:
+def _plan(dataset: Store, plan: Plan, inputs: Iterator[PlannedInput]) -> Plan:
+    # Without the snapshot's version: what was interrupted is to be found again in a later one.
     settings = replace(plan.settings, shard_rows=plan.settings.shard_rows or SHARD_URLS)
-    source = f"{RETRY}{plan.name}@{snapshot.version}"
-    return plan_inputs(inputs, dataset, settings, kind=plan.kind, source=source)
+    return plan_inputs(inputs, dataset, settings, kind=plan.kind, source=f"{RETRY}{plan.name}")
 
 
 def _rejected_inputs(

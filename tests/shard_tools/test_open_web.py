@@ -18,6 +18,8 @@ from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
+from shard_tools.plan import plan_inputs, read_unit
+from shard_tools.retry import plan_retry
 from tests.shard_tools.conftest import shard_tools, spawn_shard_tools
 from tests.support.dataset import pictures
 from tests.support.http_server import HttpServer, Page
@@ -250,3 +252,26 @@ def test_a_decoder_that_dies_takes_only_its_image(tmp_path: Path, engine: str) -
     assert digests == [
         hashlib.sha256(body).digest() for body in images if Image.open(io.BytesIO(body)).width >= 45
     ]
+
+
+def test_an_interrupted_retry_is_not_sealed_twice(web: HttpServer, tmp_path: Path) -> None:
+    """Packed but not sealed, then tried again with others: sealing both would hold images twice."""
+    dataset = str(tmp_path / "set")
+    (tmp_path / "in.txt").write_text(f"{web.url('/0.jpg')}\n{web.url('/late')}\n{web.url('/x')}\n")
+    assert shard_tools("pack", str(tmp_path / "in.txt"), dataset, *QUICK).code == 0
+    store = open_store(dataset)
+    [left] = plan_retry(store, read_snapshot(store), ["http 404"])
+    web.add("/late", Page(web.answer("/0.jpg").body))
+    assert shard_tools("pack", dataset, "--plan", left.name, *QUICK).code == 0
+    other = plan_inputs(
+        read_unit(store, left.name, 0)[:1],
+        store,
+        left.settings,
+        kind="urls",
+        source="retry:by somebody else",
+    )
+    assert shard_tools("pack", dataset, "--plan", other.name, "--seal", *QUICK).code == 0
+    refused = shard_tools("seal", dataset, "--plan", left.name)
+    assert refused.code == 2
+    assert "another try of 2 rejects, of which only 1 still are" in refused.err
+    assert read_snapshot(store).num_kept == 2

@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import SampleError, UsageError
-from shard_tools import addresses, crawl, download, request
+from shard_tools import addresses, crawl, request
 from shard_tools.addresses import ForbiddenAddressError, Resolver, is_public
-from shard_tools.download import Downloader, DownloadSettings
+from shard_tools.download import DownloadSettings
+from shard_tools.downloader import Downloader
 from shard_tools.hosts import HostQueue
 from tests.support.http_server import HttpServer, Page, Pages
 
@@ -581,7 +582,7 @@ def test_names_are_remembered_but_not_without_end(monkeypatch: pytest.MonkeyPatc
 
 
 def test_urls_are_taken_as_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "LOOK_AHEAD", 100)
+    monkeypatch.setattr("shard_tools.downloader.LOOK_AHEAD", 100)
     taken = 0
 
     def count(url: str) -> Iterator[str]:
