@@ -286,7 +286,7 @@ def _gallery(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             on_tick=progress.show,
         )
-    print(url)
+    print(json.dumps({"url": url}) if arguments.json else url)
 
 
 def _gc(arguments: argparse.Namespace) -> None:

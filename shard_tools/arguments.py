@@ -262,6 +262,7 @@ def _add_gallery(commands: _Commands) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice")
     _add_version(parser)
+    _add_json(parser)
 
 
 def _add_gc(commands: _Commands) -> None:

@@ -115,7 +115,7 @@ class Bench:
 
     def _per_image_s(self, command: Command, options: Sequence[str]) -> float:
         """CPU seconds that one more image costs."""
-        few, many = (run_measured(command(count, options)).cpu_s for count in (FEW, MANY))
+        few, many = (run_measured(*command(count, options)).cpu_s for count in (FEW, MANY))
         return (many - few) / (MANY - FEW)
 
     def _theirs(self, count: int, options: Sequence[str]) -> list[str]:

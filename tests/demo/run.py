@@ -79,6 +79,10 @@ class Place:
     def report(self) -> Path:
         return self.work / "report.html"
 
+    @property
+    def gallery(self) -> Path:
+        return self.work / "gallery.html"
+
     def clear(self) -> None:
         """Remove what an earlier demo left, all but its pictures."""
         for folder in (self.store, self.logs, self.metrics.parent):
@@ -137,6 +141,8 @@ def run_demo(place: Place, images: Path | None) -> None:
         _say("verifying: every byte is read back")
         verified = _json_of(place, "verify", "shard_tools", "verify", dataset)
         found = _json_of(place, "stats", "shard_tools", "stats", dataset)
+        page = ("--output", str(place.gallery))
+        _json_of(place, "gallery", "shard_tools", "gallery", dataset, *page)
 
         overrides = _overrides(place, dataset, run, num_images=found["kept"])
         config = load_config(Config, CONFIG, overrides)
@@ -147,7 +153,8 @@ def run_demo(place: Place, images: Path | None) -> None:
         rows = summary(packed, verified, training, knn, config)
         _write_report(place, rows, training, config)
     print("\n" + _aligned(rows))
-    print(f"\nreport: {place.report}")
+    print(f"\nreport:  {place.report}")
+    print(f"gallery: {place.gallery}, the images that were packed")
 
 
 # Training
