@@ -13,7 +13,7 @@ from pipeline.manifest import Snapshot, latest_version, read_snapshot
 from pipeline.store import Store, open_store
 from shard_tools import commits, dedup, gallery, gc, mask, retry, show, stats, verify
 from shard_tools.arguments import build_parser, given_settings, pack_options, pack_settings
-from shard_tools.pack import PackOptions, PackReport, pack
+from shard_tools.pack import PackOptions, PackReport, add_reports, pack
 from shard_tools.plan import Plan, list_plans, make_plan, read_plan
 from shard_tools.progress import Progress
 from shard_tools.selection import Selection
@@ -64,17 +64,34 @@ def _adopt(arguments: argparse.Namespace) -> None:
 def _retry(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
     options = pack_options(arguments)
-    for plan in retry.plan_retry(dataset, read_snapshot(dataset), arguments.reason):
-        _pack_plan(arguments, dataset, plan, options, seal=True)
+    plans = retry.plan_retry(dataset, read_snapshot(dataset), arguments.reason)
+    done = [_packed(dataset, plan, options) for plan in plans]
+    for plan in plans:
+        snapshot = commits.seal(dataset, plan)[0]
+    _show(arguments, add_reports(done), snapshot)
 
 
 def _pack_plan(
     arguments: argparse.Namespace, dataset: Store, plan: Plan, options: PackOptions, *, seal: bool
 ) -> None:
+    report = _packed(dataset, plan, options)
+    snapshot = commits.seal(dataset, plan)[0] if seal else None
+    _show(arguments, report, snapshot)
+    if snapshot is not None and not snapshot.num_kept:
+        raise UsageError(
+            f"{dataset.url} has no image: all inputs are rejected ({show.listed(report.rejected)})."
+            f" If the cause can be mended: `python -m shard_tools retry {dataset.url} --reason …`; "
+            "if the source or the settings were wrong, choose a new data set"
+        )
+
+
+def _packed(dataset: Store, plan: Plan, options: PackOptions) -> PackReport:
     # Ray prints what it thinks of dead workers, but standard output is for results.
     with redirect_stdout(sys.stderr), Progress("packing", plan.num_images) as progress:
-        report = pack(dataset, plan, options, on_tick=progress.show, on_resume=progress.resume)
-    snapshot = commits.seal(dataset, plan)[0] if seal else None
+        return pack(dataset, plan, options, on_tick=progress.show, on_resume=progress.resume)
+
+
+def _show(arguments: argparse.Namespace, report: PackReport, snapshot: Snapshot | None) -> None:
     if arguments.json:
         print(json.dumps(_report_json(report, snapshot)))
     else:
@@ -146,7 +163,8 @@ def _report_json(report: PackReport, snapshot: Snapshot | None) -> dict[str, obj
 
 def _print_report(report: PackReport, snapshot: Snapshot | None, dataset: str) -> None:
     rate = f"{report.images_per_s:.0f} images/s"
-    print(f"packed      {report.packed} images, {show.size(report.packed_bytes)} ({rate})")
+    images = show.plural(report.packed, "image")
+    print(f"packed      {images}, {show.size(report.packed_bytes)} ({rate})")
     reasons = f": {show.listed(report.rejected)}" if report.rejected else ""
     print(f"rejected    {sum(report.rejected.values())}{reasons}")
     if report.units_before or report.units_elsewhere:
@@ -162,7 +180,7 @@ def _print_report(report: PackReport, snapshot: Snapshot | None, dataset: str) -
 
 def _print_snapshot(snapshot: Snapshot) -> None:
     print(
-        f"snapshot    version {snapshot.version}: {snapshot.num_kept} images "
+        f"snapshot    version {snapshot.version}: {show.plural(snapshot.num_kept, 'image')} "
         f"in {show.plural(len(snapshot), 'shard')}"
     )
 
@@ -209,7 +227,11 @@ def _dedup(arguments: argparse.Namespace) -> None:
 def _mask(arguments: argparse.Namespace) -> None:
     dataset = open_store(arguments.dataset)
     if arguments.restore is not None:
-        _print_snapshot(mask.restore(dataset, arguments.restore, force=arguments.force))
+        snapshot = mask.restore(dataset, arguments.restore, force=arguments.force)
+        if arguments.json:
+            print(json.dumps({"snapshot": snapshot.version, "snapshot_images": snapshot.num_kept}))
+        else:
+            _print_snapshot(snapshot)
         return
     selection = Selection(
         keys=tuple(arguments.keys),
@@ -258,10 +280,10 @@ def _verify(arguments: argparse.Namespace) -> None:
         return
     depth = "sizes only" if report.quick else f"{show.size(report.read_bytes)} read back"
     shards = show.plural(report.shards, "shard")
-    print(f"sound       {report.samples} images in {shards}, {depth}")
+    print(f"sound       {show.plural(report.samples, 'image')} in {shards}, {depth}")
     if not report.quick:
         print(f"decoded     {report.decoded} of them, some of every shard")
-    if report.read_by_webdataset is not None:
+    if report.read_by_webdataset:
         print(f"webdataset  reads {report.read_by_webdataset} samples of its share the same")
     _print_snapshot(snapshot)
 

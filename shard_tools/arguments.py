@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from pipeline.errors import UsageError
 from shard_tools.download import DownloadSettings
+from shard_tools.filters import load_filter
 from shard_tools.judge import ImageSettings
 from shard_tools.pack import PackOptions
 from shard_tools.plan import SHARD_ROWS, SHARD_URLS, PackSettings
@@ -72,13 +73,21 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def pack_settings(arguments: argparse.Namespace) -> PackSettings:
-    """What a shard holds, as the command line says. Raises UsageError if it contradicts itself."""
+    """What a shard holds, as the command line says.
+
+    Raises UsageError if it contradicts itself, or names a filter that is none.
+    """
+    _check_filter(arguments)
     image = _built(ImageSettings, arguments)
     return dataclasses.replace(_built(PackSettings, arguments), image=image)
 
 
 def pack_options(arguments: argparse.Namespace) -> PackOptions:
-    """How to pack, as the command line says. Raises UsageError if it contradicts itself."""
+    """How to pack, as the command line says.
+
+    Raises UsageError if it contradicts itself, or names a filter that is none.
+    """
+    _check_filter(arguments)
     download = _built(DownloadSettings, arguments)
     if arguments.address and arguments.engine != "ray":
         raise UsageError(f"--address {arguments.address} is of a Ray cluster: give --engine ray")
@@ -89,6 +98,11 @@ def given_settings(arguments: argparse.Namespace) -> list[str]:
     """The settings of a plan (not the filter, which must be asked for again) that were given."""
     given = {**_given(PackSettings, arguments), **_given(ImageSettings, arguments)}
     return [name for name in given if name != "filter"]
+
+
+def _check_filter(arguments: argparse.Namespace) -> None:
+    if arguments.filter is not None:
+        load_filter(arguments.filter)  # now, not when the plan is made and the workers are started
 
 
 def _built(settings: type[Settings], arguments: argparse.Namespace) -> Settings:
@@ -159,6 +173,7 @@ def _add_retry(commands: _Commands) -> None:
     parser.add_argument(
         "--reason",
         nargs="+",
+        action="extend",
         required=True,
         metavar="REASON",
         help="which rejects: timeout, unreachable, 'http 503', … as `stats` names them",
@@ -405,17 +420,23 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_download(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("downloading (a worker)")
+    group = parser.add_argument_group("downloading")
     group.add_argument("--user-agent", metavar="TEXT", help="say who you are, and how to reach you")
     group.add_argument(
         "--timeout", type=float, dest="timeout_s", metavar="S", help="of one try (default: 30)"
     )
     group.add_argument("--retries", type=int, metavar="N", help="further tries (default: 2)")
     group.add_argument(
-        "--concurrency", type=_positive, metavar="N", help="downloads at once (default: 128)"
+        "--concurrency",
+        type=_positive,
+        metavar="N",
+        help="downloads at once, a worker (default: 128)",
     )
     group.add_argument(
-        "--per-host", type=_positive, metavar="N", help="connections to a host (default: 8)"
+        "--per-host",
+        type=_positive,
+        metavar="N",
+        help="connections to a host, of all workers (default: 8)",
     )
     group.add_argument(
         "--delay", type=float, dest="delay_s", metavar="S", help="between requests to a host"

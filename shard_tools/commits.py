@@ -1,6 +1,6 @@
 """Which units of a plan are done, and the step from all of them to a snapshot that readers see."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from pipeline.errors import CropstreamError, ManifestError, UsageError
 from pipeline.manifest import (
     SNAPSHOT_SCHEMA,
+    Numbers,
     Snapshot,
     commit,
     commit_snapshot,
@@ -21,10 +22,11 @@ from pipeline.manifest import (
     read_commit,
     read_snapshot,
 )
+from pipeline.shards import row_of_key
 from pipeline.store import Store
 from shard_tools.indexes import Flags, ShardRows
 from shard_tools.mask import remasked
-from shard_tools.plan import Plan, read_unit, refuse_twice
+from shard_tools.plan import Plan, read_unit, refuse_twice, unit_of
 
 READERS = 16
 SEAL_ATTEMPTS = 10
@@ -77,8 +79,8 @@ def seal(dataset: Store, plan: Plan) -> tuple[Snapshot, bool]:
 
     Returns the snapshot that holds them, and whether it is new: a plan is sealed once. Raises
     CropstreamError, naming them, if units are missing; UsageError if the plan's source is in the
-    snapshot already under another plan, or has no image that can be used, or, for a retry, if
-    what it replaces was replaced meanwhile.
+    snapshot already under another plan, or, for a retry, if what it replaces was replaced
+    meanwhile.
     """
     for _ in range(SEAL_ATTEMPTS):
         latest = latest_version(dataset)
@@ -107,44 +109,52 @@ def _before(dataset: Store, parent: Snapshot | None, plan: Plan) -> list[pa.Tabl
     """The shards that were there, less the rejects of which the plan was another try."""
     if parent is None:
         return []
-    replaced = _replaced_keys(dataset, plan)
+    replaced = _replaced_rows(dataset, plan) if plan.retries else {}
     if not replaced:
         return [parent.table.replace_schema_metadata(None)]
-    keys = pa.array(replaced)
+    origins = ((shard, unit_of(tar)) for shard, tar in enumerate(parent.tar))
+    shards = [shard for shard, origin in origins if origin and origin[0] in replaced]
     found: list[int] = []
 
     def stays(tar: str, rows: ShardRows) -> Flags:
-        is_replaced = rows.rejected & pc.is_in(rows.table["key"], value_set=keys).to_numpy()
+        origin = unit_of(tar)
+        assert origin is not None
+        numbers = pc.cast(pc.utf8_slice_codeunits(rows.table["key"], 8), pa.int64()).to_numpy()
+        is_replaced = rows.rejected & np.isin(numbers, replaced[origin[0]], kind="sort")
         found.append(int(is_replaced.sum()))
         return np.asarray(~is_replaced)
 
-    table = remasked(dataset, parent, stays)
-    if sum(found) != len(replaced):
+    table = remasked(dataset, parent, stays, shards)
+    if sum(found) != (tried := sum(map(len, replaced.values()))):
         raise UsageError(
-            f"plan {plan.name} is another try of {len(replaced)} rejects, of which only "
-            f"{sum(found)} still are: the others were tried again meanwhile, and would be there "
-            f"twice. Leave this plan, and run `python -m shard_tools retry {dataset.url} …` again"
+            f"plan {plan.name} is another try of {tried} rejects, of which only {sum(found)} still "
+            "are: the others were tried again meanwhile, or taken down, and would be back. "
+            f"Leave this plan, and run `python -m shard_tools retry {dataset.url} …` again"
         )
     return [table.replace_schema_metadata(None)]
 
 
-def _replaced_keys(dataset: Store, plan: Plan) -> list[str]:
-    if not plan.retries:
-        return []
-    units = (read_unit(dataset, plan.name, unit) for unit in range(plan.num_units))
-    return [planned.replaces for unit in units for planned in unit if planned.replaces]
+def _replaced_rows(dataset: Store, plan: Plan) -> dict[str, Numbers]:
+    """By the first letters of a plan, the numbers of its rows that this one replaces, ascending."""
+    found: dict[str, list[int]] = defaultdict(list)
+    with ThreadPoolExecutor(READERS) as readers:
+        for start in range(0, plan.num_units, READERS):
+            units = range(start, min(start + READERS, plan.num_units))
+            for unit in readers.map(lambda unit: read_unit(dataset, plan.name, unit), units):
+                for planned in unit:
+                    if planned.replaces is not None:
+                        found[planned.replaces[:8]].append(row_of_key(planned.replaces))
+    return {name: np.sort(np.array(rows, np.int64)) for name, rows in found.items()}
 
 
 def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
     """The plan's shards as rows of a snapshot."""
     rows, missing = [], []
-    rejected: Counter[str] = Counter()
     for unit, done in enumerate(read_unit_commits(dataset, plan)):
         if done is None:
             missing.append(unit)
         else:
             rows.append(_snapshot_row(done))
-            rejected.update(done.rejected)
     if missing:
         named = ", ".join(map(str, missing[:_NAMED_UNITS]))
         more = ", …" if len(missing) > _NAMED_UNITS else ""
@@ -152,12 +162,6 @@ def _shard_rows(dataset: Store, plan: Plan) -> pa.Table:
             f"{dataset.url}: {len(missing)} of {plan.num_units} units of plan {plan.name} are "
             f"not packed ({named}{more}): run `python -m shard_tools pack {dataset.url}`, "
             "which packs only these"
-        )
-    if not plan.retries and not any(row["kept"] for row in rows):
-        reasons = ", ".join(f"{reason} {number}" for reason, number in rejected.most_common())
-        raise UsageError(
-            f"nothing to pack: all {sum(rejected.values())} inputs of {plan.source} are rejected "
-            f"({reasons}); give a source that holds images"
         )
     return pa.Table.from_pylist(rows, SNAPSHOT_SCHEMA)
 

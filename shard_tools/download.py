@@ -3,7 +3,7 @@
 A file of its own, for the HTTP client takes longer to import than many a worker works.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from pipeline.errors import UsageError
@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadSettings:
-    """How images are asked for. The numbers are a worker's.
+    """How images are asked for. `per_host` and `delay_s` are a whole job's, the rest a worker's.
 
     Raises UsageError for values that cannot be meant.
     """
@@ -39,3 +39,11 @@ class DownloadSettings:
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise UsageError(f"{name}: {getattr(self, name)} is less than {value}")
+
+    def shared_by(self, workers: int) -> "DownloadSettings":
+        """One worker's part, so that a host sees as much of all of them as was allowed.
+
+        Each needs one connection; several jobs, on several machines, know nothing of each other.
+        """
+        delay_s = min(self.delay_s * workers, 3600)
+        return replace(self, per_host=max(1, self.per_host // workers), delay_s=delay_s)

@@ -10,6 +10,7 @@ follow MapReduce's backup tasks (Dean and Ghemawat 2004, section 3.6).
 """
 
 import pickle
+import random
 import statistics
 import time
 import traceback
@@ -27,12 +28,13 @@ Result = TypeVar("Result")
 EngineKind = Literal["local", "ray"]
 
 TASK_ATTEMPTS = 4  # executions of a task that kills its workers
-STORE_ATTEMPTS = 3  # executions of a task that meets a StoreError
+STORE_PAUSES_S = (1.0, 4.0)  # before a task that met a StoreError is executed again
 STRAGGLER_S = 5.0  # a task that ends sooner is never copied
 STRAGGLER_RATIO = 2.0  # … nor one that takes less than this many median durations
 TICK_S = 0.2
 
 _RECENT = 1000  # durations that the median is taken of
+_JITTER = (0.5, 1.5)  # of a pause, lest all that failed together come back together
 
 
 def ignore_counts(images: int, rejected: int) -> None:
@@ -142,8 +144,8 @@ class Engine(ABC, Generic[Task, Result]):
     def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
         """The tasks' results, one each, in the order in which they end; tasks are taken as needed.
 
-        A task that met a StoreError other than AccessDeniedError is run 3 times in all, one whose
-        worker died 4 times. When no task is left to start, idle workers run a second copy of those
+        A task that met a StoreError other than AccessDeniedError is run 3 times in all, after a
+        second and again after four, in which others run; one whose worker died 4 times. When no task is left to start, idle workers run a second copy of those
         that take long; the first result counts, and the other copy is killed.
 
         Raises a task's last exception, with the worker's traceback as its cause; WorkerDiedError
@@ -202,6 +204,7 @@ class _Job(Generic[Task]):
     copied: bool = False
     deaths: int = 0
     failures: int = 0
+    not_before_s: float = 0.0
 
 
 class _Dispatch(Generic[Task, Result]):
@@ -213,21 +216,27 @@ class _Dispatch(Generic[Task, Result]):
         self._pool = pool
         self._fresh = iter(tasks)
         self._after_death = after_death
-        self._again: deque[_Job[Task]] = deque()
+        self._again: list[_Job[Task]] = []
         self._running: dict[Any, _Job[Task]] = {}  # by execution
         self._durations_s: deque[float] = deque(maxlen=_RECENT)
 
     def run(self, on_tick: Callable[[int, int], None]) -> Iterator[Result]:
         next_tick = time.monotonic()
         self._start_tasks()
-        while self._running:
-            ended = self._pool.wait(self._running.keys(), TICK_S)
+        while self._running or self._again:
+            ended = self._wait()
             results = [result for end in ended for result in self._settle(*end)]
             self._start_tasks()  # nobody idles while the caller looks at the results
             if (now := time.monotonic()) >= next_tick or not self._running:
                 next_tick = now + TICK_S
                 on_tick(*self._pool.totals())
             yield from results
+
+    def _wait(self) -> list[tuple[Any, Outcome]]:
+        if self._running:
+            return self._pool.wait(self._running.keys(), TICK_S)
+        time.sleep(TICK_S)  # all that is left to do pauses
+        return []
 
     def _start_tasks(self) -> None:
         """Keep the pool busy: with tasks while there are any, then with copies of the slowest."""
@@ -241,8 +250,10 @@ class _Dispatch(Generic[Task, Result]):
             self._start(straggler)
 
     def _next(self) -> _Job[Task] | None:
-        if self._again:
-            return self._again.popleft()
+        now = time.monotonic()
+        for number, job in enumerate(self._again):
+            if job.not_before_s <= now:
+                return self._again.pop(number)
         return next((_Job(task) for task in self._fresh), None)
 
     def _straggler(self) -> _Job[Task] | None:
@@ -284,10 +295,12 @@ class _Dispatch(Generic[Task, Result]):
                 raise self._too_deadly(error)
             job.task = self._after_death(job.task) if self._after_death else job.task
         else:
-            job.failures += 1
             transient = isinstance(error, StoreError) and not isinstance(error, AccessDeniedError)
-            if not transient or job.failures >= STORE_ATTEMPTS:
+            if not transient or job.failures >= len(STORE_PAUSES_S):
                 raise error
+            pause_s = STORE_PAUSES_S[job.failures] * random.uniform(*_JITTER)
+            job.not_before_s = time.monotonic() + pause_s
+            job.failures += 1
         if not job.executions:
             self._again.append(job)
 

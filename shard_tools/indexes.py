@@ -5,7 +5,7 @@ read ahead, so memory does not depend on the number of shards.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -49,12 +49,15 @@ class ShardRows:
         return ~self.is_ok & self.has_bit
 
 
-def read_indexes(dataset: Store, snapshot: Snapshot) -> Iterator[ShardRows]:
-    """Every shard's index, in order. Raises ShardError, StoreError."""
+def read_indexes(
+    dataset: Store, snapshot: Snapshot, shards: Sequence[int] | None = None
+) -> Iterator[ShardRows]:
+    """The indexes of some shards, by default of all, in order. Raises ShardError, StoreError."""
+    shards = range(len(snapshot)) if shards is None else shards
     with ThreadPoolExecutor(READERS) as readers:
-        for start in range(0, len(snapshot), READERS):  # map alone would read all ahead
-            shards = range(start, min(start + READERS, len(snapshot)))
-            yield from readers.map(lambda shard: read_rows(dataset, snapshot, shard), shards)
+        for start in range(0, len(shards), READERS):  # map alone would read all ahead
+            some = shards[start : start + READERS]
+            yield from readers.map(lambda shard: read_rows(dataset, snapshot, shard), some)
 
 
 def read_rows(dataset: Store, snapshot: Snapshot, shard: int) -> ShardRows:

@@ -124,13 +124,17 @@ class _LocalPool:
         return sum(self._counts[::2]), sum(self._counts[1::2])
 
     def _idle_worker(self) -> _Worker:
-        self._remove([worker for worker in self._workers if not worker.process.is_alive()])
-        idle = (worker for worker in self._workers if not worker.busy)
-        return next(idle, None) or self._start_worker()
+        idle = [worker for worker in self._workers if not worker.busy]
+        self._remove([worker for worker in idle if not worker.process.is_alive()])
+        # Dead or alive, the busy ones are wait's: a result may still lie in a dead one's pipe.
+        idle = [worker for worker in self._workers if not worker.busy]
+        return idle[0] if idle else self._start_worker()
 
     def _remove(self, workers: list[_Worker]) -> None:
-        self._workers[:] = [worker for worker in self._workers if worker not in workers]
-        _kill(workers)
+        """End workers, unless they are removed already: one may die while its copy is settled."""
+        ours = [worker for worker in self._workers if worker in workers]
+        self._workers[:] = [worker for worker in self._workers if worker not in ours]
+        _kill(ours)
 
     def _start_worker(self) -> _Worker:
         taken = {worker.slot for worker in self._workers}

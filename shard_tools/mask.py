@@ -5,12 +5,12 @@ masks for the shards that change and leaves all others' entries alone, so a take
 costs one small object a touched shard and not a byte of the shards is written again. Masks are only
 ever combined by AND: what is hidden stays so, until an older version is restored.
 
-Called by the command line (`mask`, `mask --undo`) and by dedup. The first to commit a version
+Called by the command line (`mask`, `mask --restore`) and by dedup. The first to commit a version
 wins, see pipeline.manifest; the loser applies its decisions to the winner's version.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -115,7 +115,8 @@ def mask_snapshot(
     decided: dict[tuple[str, str | None], _Mask | None] = {}
     for _ in range(COMMIT_ATTEMPTS):
         snapshot = _newest(dataset, version)
-        masks = dict(_masks(dataset, snapshot, decide, decided, on_tick))
+        every = range(len(snapshot))
+        masks = dict(_masks(dataset, snapshot, decide, decided, on_tick, every))
         kept = snapshot.num_kept - sum(int(snapshot.kept[s]) - m.kept for s, m in masks.items())
         if not masks:
             return MaskReport(snapshot, False, snapshot.num_kept, snapshot.num_kept, 0)
@@ -138,9 +139,13 @@ def mask_snapshot(
     raise CropstreamError(_lost(dataset))
 
 
-def remasked(dataset: Store, snapshot: Snapshot, decide: Decide) -> pa.Table:
-    """A snapshot's table with masks that also hide what `decide` says; nothing is committed."""
-    return _with_masks(snapshot, dict(_masks(dataset, snapshot, decide, {}, lambda *seen: None)))
+def remasked(dataset: Store, snapshot: Snapshot, decide: Decide, shards: Sequence[int]) -> pa.Table:
+    """A snapshot's table with masks that also hide what `decide` says of some of the shards.
+
+    Nothing is committed.
+    """
+    masks = _masks(dataset, snapshot, decide, {}, lambda *seen: None, shards)
+    return _with_masks(snapshot, dict(masks))
 
 
 def restore(dataset: Store, version: int, *, force: bool = False) -> Snapshot:
@@ -185,6 +190,7 @@ def _masks(
     decide: Decide,
     decided: dict[tuple[str, str | None], _Mask | None],
     on_tick: OnTick,
+    shards: Sequence[int],
 ) -> Iterator[tuple[int, _Mask]]:
     """The new entries of the shards that change, by number.
 
@@ -200,9 +206,9 @@ def _masks(
 
     done = 0
     with ThreadPoolExecutor(READERS) as readers:
-        for start in range(0, len(snapshot), _SHARDS_AHEAD):  # map alone would read all ahead
-            shards = range(start, min(start + _SHARDS_AHEAD, len(snapshot)))
-            for shard, entry in zip(shards, readers.map(look, shards), strict=True):
+        for start in range(0, len(shards), _SHARDS_AHEAD):  # map alone would read all ahead
+            some = shards[start : start + _SHARDS_AHEAD]
+            for shard, entry in zip(some, readers.map(look, some), strict=True):
                 done += int(snapshot.rows[shard])
                 on_tick(done, 0)
                 if entry is not None:

@@ -17,7 +17,7 @@ from itertools import chain
 from random import randrange
 from typing import Any
 
-from pipeline.errors import SampleError, UsageError
+from pipeline.errors import SampleError, StoreError, UsageError
 from pipeline.manifest import new_attempt
 from pipeline.shards import INDEX_SCHEMA, ShardWriter, encode_index, sample_key
 from pipeline.store import Store, open_store
@@ -39,6 +39,8 @@ from shard_tools.sandbox import Sandbox
 from shard_tools.sources import Kind, PlannedInput
 
 DUPLICATE = "duplicate"
+
+ATTEMPT_LIMIT_S = 12 * 3600.0  # half of gc's grace, which counts from an upload's begin
 
 Judge = Callable[[bytes], Accepted]
 
@@ -87,6 +89,16 @@ class PackReport:
         return (self.packed + sum(self.rejected.values())) / max(self.seconds, 1e-9)
 
 
+def add_reports(reports: Sequence[PackReport]) -> PackReport:
+    """What several runs of pack did, as one; it has the last one's plan."""
+    rejected: Counter[str] = Counter()
+    for report in reports:
+        rejected.update(report.rejected)
+    numbers = ("units", "units_before", "units_elsewhere", "packed", "packed_bytes", "seconds")
+    sums = {name: sum(getattr(report, name) for report in reports) for name in numbers}
+    return replace(reports[-1], rejected=dict(rejected), **sums)
+
+
 def pack(
     dataset: Store,
     plan: Plan,
@@ -108,11 +120,13 @@ def pack(
     # Several packers of one plan begin at different places, so they seldom do the same work.
     turn = randrange(len(todo)) if todo else 0
     job = new_attempt()[:8]
+    workers = _num_workers(options, len(todo))
+    options = replace(options, download=options.download.shared_by(workers or 1))
     tasks = (
         UnitTask(dataset.url, plan.name, plan.kind, unit, plan.settings, options, job)
         for unit in chain(todo[turn:], todo[:turn])
     )
-    engine = _engine(options, len(todo), on_tick)
+    engine = _engine(options, workers, on_tick)
     units = packed = packed_bytes = 0
     rejected: Counter[str] = Counter()
     for done in engine.run(tasks):
@@ -133,12 +147,16 @@ def pack(
     )
 
 
+def _num_workers(options: PackOptions, num_units: int) -> int | None:
+    """Processes; None for all that a cluster has."""
+    if options.address is not None:
+        return options.workers
+    return min(options.workers or os.cpu_count() or 1, max(num_units, 1))
+
+
 def _engine(
-    options: PackOptions, num_units: int, on_tick: Callable[[int, int], None]
+    options: PackOptions, workers: int | None, on_tick: Callable[[int, int], None]
 ) -> Engine[UnitTask, UnitCommit]:
-    workers = options.workers
-    if options.address is None:  # no more processes here than there is work
-        workers = min(workers or os.cpu_count() or 1, max(num_units, 1))
     return make_engine(
         options.engine,
         pack_unit,
@@ -181,6 +199,7 @@ def pack_unit(task: UnitTask) -> UnitCommit:
     before = read_unit_commit(dataset, task.plan, task.unit)
     if before is not None:
         return before
+    started = time.time()  # which goes on while a machine sleeps
     attempt = task.job + new_attempt()
     name = f"data/{attempt[-2:]}/{task.plan[:8]}-{task.unit:08d}-{attempt}"
     inputs = read_unit(dataset, task.plan, task.unit)
@@ -191,6 +210,11 @@ def pack_unit(task: UnitTask) -> UnitCommit:
             rows = _rows(task, inputs, judge_image)
             shard = _write_shard(dataset, f"{name}.tar", rows, unique=task.settings.unique)
     done = _write_index(dataset, f"{name}.parquet", shard)
+    if time.time() - started > ATTEMPT_LIMIT_S:
+        raise StoreError(
+            f"{name}.tar took more than {ATTEMPT_LIMIT_S / 3600:.0f} hours, so gc may have removed "
+            "it: it is packed again; if that happens often, choose smaller shards"
+        )
     winner = commit_unit(dataset, task.plan, task.unit, replace(done, attempt=attempt))
     if winner.attempt != attempt:
         for key in {done.tar, done.index} - {winner.tar}:  # an adopted tar is nobody's to delete

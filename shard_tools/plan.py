@@ -8,6 +8,7 @@ and of the settings, so the same job always has the same plan, wherever and how 
 import dataclasses
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -142,15 +143,17 @@ def plan_inputs(
             sealed = read_snapshot(dataset) if latest_version(dataset) else None
             if sealed is not None:
                 refuse_twice(plan, dataset, sealed)
-            if not replace:
+            if not replace and not plan.retries:
                 _refuse_second_plan(plan, dataset, sealed.plans if sealed else ())
+            _refuse_same_letters(plan, dataset)
             _upload(plan, Path(folder), dataset)
     return plan
 
 
 def read_plan(dataset: Store, name: str) -> Plan:
     """A committed plan. Raises UsageError if there is none, ManifestError if it is damaged."""
-    document = read_commit(dataset, _plan_key(name))
+    is_name = re.fullmatch("[0-9a-f]{16}", name) is not None
+    document = read_commit(dataset, _plan_key(name)) if is_name else None
     if document is None:
         raise UsageError(
             f"{dataset.url} has no plan {name!r}: "
@@ -176,10 +179,9 @@ def refuse_twice(plan: Plan, dataset: Store, snapshot: Snapshot) -> None:
         earlier = read_plan(dataset, name)
         if earlier.source == plan.source and name != plan.name:
             raise UsageError(
-                f"{dataset.url} holds {earlier.source} already, as it was with "
-                f"{earlier.num_inputs} files (now {plan.num_inputs}, or other times or settings): "
-                "packing it again would store its images twice. Choose a new data set, or pack a "
-                "folder with only the new images"
+                f"{dataset.url} holds {earlier.source} already, packed with "
+                f"{_differences(earlier, plan)}: packing it again would store its images twice. "
+                "Choose a new data set, or pack a source with only the new images"
             )
 
 
@@ -199,6 +201,12 @@ def read_unit(dataset: Store, plan: str, unit: int) -> list[PlannedInput]:
     ]
 
 
+def unit_of(tar: str) -> tuple[str, int] | None:
+    """The first letters of the plan that a shard was packed from, and its unit; None if adopted."""
+    match = re.fullmatch(r"data/../([0-9a-f]{8})-(\d{8})-[0-9a-f]+\.tar", tar)
+    return (match[1], int(match[2])) if match is not None else None
+
+
 def _refuse_second_plan(plan: Plan, dataset: Store, sealed: Iterable[str]) -> None:
     """Work under an unfinished plan of the same source would be lost, and perhaps be sealed twice.
 
@@ -211,6 +219,19 @@ def _refuse_second_plan(plan: Plan, dataset: Store, sealed: Iterable[str]) -> No
                 f"{dataset.url} has an unfinished plan {name} of {plan.source}, made with "
                 f"{_differences(waiting, plan)}. To finish that one: `python -m shard_tools pack "
                 f"{dataset.url} --plan {name} --seal`; to leave it and begin anew: --new-plan"
+            )
+
+
+def _refuse_same_letters(plan: Plan, dataset: Store) -> None:
+    """Keys begin with a plan's first letters, and are to be unique: one in 4 * 10**9 is not.
+
+    Raises UsageError if there is another plan with the same ones.
+    """
+    for name in list_plans(dataset):
+        if name != plan.name and name[:8] == plan.name[:8]:
+            raise UsageError(
+                f"{dataset.url} has a plan {name}, whose keys would be those of {plan.name}: "
+                "change a setting, such as --shard-rows, by one"
             )
 
 
@@ -228,7 +249,14 @@ def _differences(old: Plan, new: Plan) -> str:
 
 def _flat(settings: PackSettings) -> dict[str, Any]:
     values = dataclasses.asdict(settings)
-    return {**values, **values.pop("image")}
+    image = values.pop("image")
+    return {**values, **image}
+
+
+def _unusual(settings: PackSettings) -> dict[str, Any]:
+    """The settings that are not the default: those of a later version do not rename old plans."""
+    usual = _flat(PackSettings())
+    return {name: value for name, value in _flat(settings).items() if value != usual[name]}
 
 
 def _write_units(
@@ -239,7 +267,7 @@ def _write_units(
     folder: Path,
 ) -> Plan:
     """Write the units' files into a local folder; their plan's name is known at the end only."""
-    job = [source, kind, dataclasses.asdict(settings), PLAN_VERSION]
+    job = [source, kind, _unusual(settings), PLAN_VERSION]
     digest = hashlib.sha256(json.dumps(job).encode())
     num_units = num_inputs = total_bytes = 0
     for num_units, unit in enumerate(_cut(inputs, settings, kind), 1):
@@ -286,6 +314,7 @@ def _identity(planned: PlannedInput) -> bytes:
             planned.size_bytes,
             planned.tag,
             planned.label,
+            planned.origin is None,
             planned.start_bytes,
             planned.columns,
         )

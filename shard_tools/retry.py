@@ -6,8 +6,8 @@ commit, clears the old rejects' bits in their shards' masks: every input still h
 counts. What fails again is a reject of the new shards, and can be tried again.
 """
 
-import re
-from collections.abc import Collection, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 
@@ -18,8 +18,8 @@ from pipeline.errors import UsageError
 from pipeline.manifest import Snapshot
 from pipeline.shards import row_of_key
 from pipeline.store import Store
-from shard_tools.indexes import read_rows
-from shard_tools.plan import RETRY, SHARD_URLS, Plan, plan_inputs, read_plan, read_unit
+from shard_tools.indexes import read_indexes
+from shard_tools.plan import RETRY, SHARD_URLS, Plan, plan_inputs, read_plan, read_unit, unit_of
 from shard_tools.sources import PlannedInput
 
 
@@ -28,12 +28,13 @@ def plan_retry(dataset: Store, snapshot: Snapshot, reasons: Collection[str]) -> 
 
     Raises UsageError, naming the reasons that there are, if no reject has one of these.
     """
+    units = _units(snapshot)
     plans = []
     for name in snapshot.plans:
         plan = read_plan(dataset, name)
         if plan.kind not in ("files", "urls"):
             continue  # a tar's damage does not mend
-        inputs = _rejected_inputs(dataset, snapshot, plan, reasons)
+        inputs = _rejected_inputs(dataset, snapshot, plan, units[name[:8]], reasons)
         if (first := next(inputs, None)) is not None:
             plans.append(_plan(dataset, plan, chain([first], inputs)))
     if not plans:
@@ -45,10 +46,13 @@ def plan_retry(dataset: Store, snapshot: Snapshot, reasons: Collection[str]) -> 
     return plans
 
 
-def unit_of(tar: str, plan: str) -> int | None:
-    """The unit of `plan` that a shard was packed from; None if it was not."""
-    match = re.fullmatch(r"data/../([0-9a-f]{8})-(\d{8})-[0-9a-f]+\.tar", tar)
-    return int(match[2]) if match is not None and match[1] == plan[:8] else None
+def _units(snapshot: Snapshot) -> dict[str, dict[int, int]]:
+    """By the first letters of a plan, the unit of each of its shards."""
+    units: dict[str, dict[int, int]] = defaultdict(dict)
+    for shard, tar in enumerate(snapshot.tar):
+        if (origin := unit_of(tar)) is not None:
+            units[origin[0]][shard] = origin[1]
+    return units
 
 
 def _plan(dataset: Store, plan: Plan, inputs: Iterator[PlannedInput]) -> Plan:
@@ -58,19 +62,21 @@ def _plan(dataset: Store, plan: Plan, inputs: Iterator[PlannedInput]) -> Plan:
 
 
 def _rejected_inputs(
-    dataset: Store, snapshot: Snapshot, plan: Plan, reasons: Collection[str]
+    dataset: Store,
+    snapshot: Snapshot,
+    plan: Plan,
+    units: Mapping[int, int],
+    reasons: Collection[str],
 ) -> Iterator[PlannedInput]:
+    """What is rejected for these reasons in the plan's shards, whose units are given by shard."""
     asked = pa.array(sorted(reasons), pa.string())
     number = 0
-    for shard in range(len(snapshot)):
-        unit = unit_of(snapshot.tar[shard], plan.name)
-        if unit is None:
-            continue
-        rows = read_rows(dataset, snapshot, shard)
+    for rows in read_indexes(dataset, snapshot, list(units)):
         wanted = rows.rejected & pc.is_in(rows.table["reason"], value_set=asked).to_numpy()
         if not wanted.any():
             continue
-        by_row = {planned.row: planned for planned in read_unit(dataset, plan.name, unit)}
+        unit = read_unit(dataset, plan.name, units[rows.shard])
+        by_row = {planned.row: planned for planned in unit}
         for key in rows.table["key"].filter(wanted).to_pylist():
             # Sizes and times may be others by now: what is there is what is packed.
             before = by_row[row_of_key(key)]

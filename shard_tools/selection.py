@@ -33,7 +33,8 @@ class Selection:
     Attributes:
         keys, hashes, urls: lists of keys, SHA-256 in hexadecimal, and source URLs; each the URL of
         a file, see shard_tools.fingerprints.read_values. URLs are compared as they are stored,
-        without user information and signatures. patterns: globs of the whole source, case matters.
+        without user information and signatures, with the source and with the column `url` that
+        tars carry. patterns: globs of the whole of either, case matters.
         where: a condition on index columns in SQL, see shard_tools.predicate. mode: "drop" hides
         the rows, "keep" hides all others.
     """
@@ -93,9 +94,14 @@ class Chooser:
         return sum(listed.num_found for listed in (self._keys, self._hashes, self._urls))
 
     def decide(self, tar: str, rows: ShardRows) -> Flags:
-        """The bits that may stay, bool [rows]; those of rejected rows always do."""
-        stays: Flags = self.chosen(rows) == self._keeps
-        return stays | ~rows.is_ok
+        """The bits that may stay, bool [rows].
+
+        A reject that is named loses its bit too, or a retry would bring back what was taken down;
+        but that it is not named among what to keep says nothing of a reject.
+        """
+        chosen = self.chosen(rows)
+        stays: Flags = chosen | ~rows.is_ok if self._keeps else ~chosen
+        return stays
 
     def chosen(self, rows: ShardRows) -> Flags:
         """Which rows match, bool [rows]."""
@@ -105,11 +111,13 @@ class Chooser:
             chosen |= self._keys.contains(_encoded(table["key"]))
         if len(self._hashes):
             chosen |= self._hashes.contains([value or b"" for value in table["sha256"].to_pylist()])
-        if len(self._urls):
-            chosen |= self._urls.contains(_encoded(table["source"]))
-        if self._matches_pattern is not None:
-            sources = table["source"].to_pylist()
-            chosen |= np.fromiter(map(bool, map(self._matches_pattern, sources)), bool, len(table))
+        for column in {"source", "url"} & set(table.column_names):  # url: what a tar says of itself
+            texts = [text or "" for text in table[column].to_pylist()]
+            if len(self._urls):
+                chosen |= self._urls.contains([text.encode() for text in texts])
+            if self._matches_pattern is not None:
+                matched = map(bool, map(self._matches_pattern, texts))
+                chosen |= np.fromiter(matched, bool, len(table))
         if self._predicate is not None:
             chosen |= self._predicate.holds(table)
         return chosen

@@ -45,9 +45,7 @@ def _requirements(name: str) -> Path:
 
 def _run(*command: str) -> None:
     try:
-        subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=INSTALL_LIMIT_S
-        )
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_LIMIT_S)
     except subprocess.CalledProcessError as error:
         last = (error.stderr.strip().splitlines() or ["no message"])[-1]
         raise PeerError(f"{' '.join(command[1:4])}: {last}") from None

@@ -17,9 +17,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.manifest import commit, new_attempt
 from pipeline.store import open_store
 from shard_tools.commits import UnitCommit
-from shard_tools.plan import PackSettings, Plan, make_plan
+from shard_tools.plan import PackSettings, Plan
 from tests.bench.rows import Row
 from tests.bench.usage import Usage, run_measured
 
@@ -43,7 +44,7 @@ def rows() -> Iterator[Row]:
         yield _seconds("pack.plan_million_urls_csv_s", planned, "<= 30", "gzipped CSV, 4 columns")
         yield _megabytes("pack.plan_million_urls_csv_rss", planned)
         dataset = folder / "sealed"
-        plan = _plan_with_commits(folder, dataset)
+        plan = _plan_with_commits(dataset)
         sealed = _shard_tools("seal", str(dataset), "--plan", plan)
         yield _seconds("pack.seal_100k_units_s", sealed, "<= 60", "local directory")
         yield _megabytes("pack.seal_100k_units_rss", sealed)
@@ -77,12 +78,12 @@ def _write_lists(folder: Path) -> tuple[Path, Path]:
     return parquet, zipped
 
 
-def _plan_with_commits(folder: Path, dataset: Path) -> str:
-    """The name of a plan with a URL a unit, all of which have been packed."""
-    source = folder / "units.txt"
-    source.write_text("".join(f"https://example.org/{n}.jpg\n" for n in range(NUM_UNITS)))
-    print(f"planning {NUM_UNITS} units", file=sys.stderr)
-    plan = make_plan(str(source), open_store(str(dataset)), PackSettings(shard_rows=1))
+def _plan_with_commits(dataset: Path) -> str:
+    """The name of a plan all of whose units have been packed; seal looks at no unit itself."""
+    plan = Plan("5ea1" * 4, "urls", "file:///list.parquet", PackSettings(), NUM_UNITS, NUM_UNITS, 0)
+    key = f"plans/{plan.name}/plan.json"
+    commit(open_store(str(dataset)), key, asdict(plan), attempt=new_attempt())
+    print(f"writing {NUM_UNITS} commits", file=sys.stderr)
     _write_commits(dataset / "commits" / plan.name, plan)
     return plan.name
 

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from pipeline.manifest import latest_version, read_snapshot
+from pipeline.manifest import read_snapshot
 from pipeline.shards import kept_rows, read_index, read_samples
 from pipeline.store import Store, open_store
 from shard_tools.__main__ import _COMMANDS
@@ -112,7 +113,7 @@ def test_a_data_set_grows_by_plans(images: Path, dataset: str, tmp_path: Path) -
 
     write_images(tmp_path / "more", 6)
     again = shard_tools("pack", str(tmp_path / "more"), dataset)
-    assert_fails(again, 2, f"holds file://{tmp_path}/more already", "5 files (now 6")
+    assert_fails(again, 2, f"holds file://{tmp_path}/more already", "5 inputs (now 6")
 
 
 def test_from_s3_to_s3(images: Path, s3_url: str) -> None:
@@ -200,11 +201,15 @@ def test_settings_without_a_source(tmp_path: Path) -> None:
 
 
 def test_no_image_at_all(tmp_path: Path) -> None:
+    """The rejects are kept all the same: what was wrong may pass, and be tried again."""
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("not a picture")
     finished = shard_tools("pack", str(tmp_path / "notes"), str(tmp_path / "set"))
-    assert_fails(finished, 2, "nothing to pack", f"{tmp_path}/notes", "not an image 1")
-    assert latest_version(open_store(tmp_path / "set")) == 0
+    assert_fails(finished, 2, "has no image", f"{tmp_path}/set", "not an image 1", "retry")
+    assert read_snapshot(open_store(tmp_path / "set")).num_kept == 0
+    Image.new("RGB", (9, 9)).save(tmp_path / "notes" / "a.txt", "PNG")
+    again = ("retry", str(tmp_path / "set"), "--reason", "not an image", "--json")
+    assert shard_tools(*again).json()["packed"] == 1
 
 
 @pytest.mark.parametrize(

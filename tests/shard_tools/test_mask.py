@@ -97,6 +97,28 @@ def test_a_listed_url_may_still_have_its_secrets(tmp_path: Path) -> None:
     assert b"cafe" not in written
 
 
+def test_a_reject_that_is_taken_down_is_not_tried_again(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "set")
+    fill(store)
+    listed = listing(tmp_path, "urls.txt", "https://host0.example/reject")
+    report = mask(store, Selection(urls=(listed,)))
+    assert (report.is_new, report.dropped, report.found) == (True, 0, 1)
+    for rows in read_indexes(store, report.snapshot):
+        assert rows.kept.sum() == 4
+        assert not rows.rejected.any()
+
+
+def test_takedown_by_the_url_that_a_tar_carries(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "set")
+    rows = [
+        {"source": f"s3://b/x.tar#{n}.jpg", "data": IMAGES[n], "url": source(n)} for n in range(3)
+    ]
+    write_snapshot(store, [rows])
+    report = mask(store, Selection(urls=(listing(tmp_path, "urls.txt", source(1)),)))
+    assert (report.dropped, report.found) == (1, 1)
+    assert mask(store, Selection(patterns=("https://host2.*",))).dropped == 1
+
+
 @pytest.mark.parametrize("mode", ["drop", "keep"])
 def test_any_of_what_is_given(tmp_path: Path, mode: str) -> None:
     store = open_store(tmp_path / "set")

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from pipeline.decode import guard_header
 from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot, commit_snapshot, latest_version
-from pipeline.shards import ShardWriter, encode_index, sample_key
+from pipeline.shards import INDEX_SCHEMA, ShardWriter, encode_index, sample_key
 from pipeline.store import Store
 
 _PLAN = "5a4d91e2"
@@ -57,7 +57,8 @@ def _write_shard(
         for place, row in enumerate(rows):
             index.append(_write_row(shard, sample_key(_PLAN, first + place), row))
         tar_hash = shard.finish()
-    body = encode_index(index, ["label"])
+    names = dict.fromkeys(["label", *(name for row in index for name in row)])
+    body = encode_index(index, [name for name in names if name not in INDEX_SCHEMA.names])
     with store.writer(f"{name}.parquet") as writer:
         writer.write(body)
     is_kept = np.array([row["status"] == "ok" for row in index], bool)
