@@ -122,9 +122,9 @@ class Snapshot:
 
     Attributes:
         version: 1, 2, … plans: the plans whose shards it holds. parent: the version it was made
-        from, 0 for none. attempt: who committed it. note: how it came about, a line for people. table: the whole table; the columns below are
-        views of it. first_row: int64 [num_shards + 1], the number of each shard's first kept row,
-        then the total.
+        from, 0 for none. attempt: who committed it. note: how it came about, a line for people.
+        table: the whole table; the columns below are views of it. first_row: int64
+        [num_shards + 1], the number of each shard's first kept row, then the total.
     """
 
     def __init__(self, table: pa.Table, version: int) -> None:

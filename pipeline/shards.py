@@ -17,8 +17,9 @@ the end) is nobody's business.
 
 import hashlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 import google_crc32c
@@ -33,6 +34,8 @@ BLOCK_BYTES = 512
 END_OF_ARCHIVE = bytes(2 * BLOCK_BYTES)
 MAX_SAMPLE_BYTES = 8**11 - 1  # eleven octal digits
 INDEX_VERSION = b"1"
+
+_FRESH_ROWS = 10_000
 
 _VERSION_KEY = b"cropstream.index"
 _MAX_NAME_BYTES = 100
@@ -201,6 +204,38 @@ def member_header(name: str, size_bytes: int) -> bytes:
     return b"".join((name_field, _MODE_AND_IDS, size, _TIME, checksum, _HEADER_TAIL))
 
 
+class IndexRows:
+    """The rows of an index that is being made, in Arrow's memory: a fifth of what mappings take."""
+
+    def __init__(self) -> None:
+        self._fresh: list[Mapping[str, Any]] = []
+        self._tables: list[pa.Table] = []
+        self._extra: dict[str, None] = {"label": None}  # columns in the order of appearance
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row with the columns of INDEX_SCHEMA (absent ones are null) and strings of its own.
+
+        The mapping is kept for a while: it must not change any more.
+        """
+        self._fresh.append(row)
+        if len(self._fresh) == _FRESH_ROWS:
+            self._settle()
+
+    def table(self) -> pa.Table:
+        """All rows; the columns are INDEX_SCHEMA's, `label`, then the others."""
+        if self._fresh or not self._tables:
+            self._settle()
+        schema = _index_schema(self._extra)
+        whole = pa.concat_tables(self._tables, promote_options="default")
+        return whole.select(schema.names).cast(schema)
+
+    def _settle(self) -> None:
+        names = dict.fromkeys(chain.from_iterable(self._fresh))
+        self._extra |= {name: None for name in names if name not in INDEX_SCHEMA.names}
+        self._tables.append(pa.Table.from_pylist(self._fresh, _index_schema(self._extra)))
+        self._fresh = []
+
+
 def encode_index(rows: Sequence[Mapping[str, Any]], extra_columns: Sequence[str] = ()) -> bytes:
     """An index as Parquet bytes; equal rows give equal bytes.
 
@@ -208,11 +243,19 @@ def encode_index(rows: Sequence[Mapping[str, Any]], extra_columns: Sequence[str]
         rows: one mapping a row with the columns of INDEX_SCHEMA (absent ones are null) and the
         extra ones. extra_columns: names of further string columns, in order.
     """
-    fields = [*INDEX_SCHEMA, *(pa.field(name, pa.string()) for name in extra_columns)]
-    schema = pa.schema(fields, metadata=INDEX_SCHEMA.metadata)
+    return encode_index_table(pa.Table.from_pylist(list(rows), _index_schema(extra_columns)))
+
+
+def encode_index_table(table: pa.Table) -> bytes:
+    """`encode_index` of what IndexRows collected."""
     output = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema), output, compression="zstd")
+    pq.write_table(table, output, compression="zstd")
     return output.getvalue()
+
+
+def _index_schema(extra_columns: Iterable[str]) -> pa.Schema:
+    fields = [*INDEX_SCHEMA, *(pa.field(name, pa.string()) for name in extra_columns)]
+    return pa.schema(fields, metadata=INDEX_SCHEMA.metadata)
 
 
 def read_index(body: bytes, *, where: str, sha256: bytes | None = None) -> pa.Table:

@@ -98,11 +98,14 @@ class UnfinishedWrite:
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """One file of a source: URL, path below the source, size, a word that changes with it."""
+    """One file of a source: URL, path below the source, size, a word that changes with it.
+
+    Not every store tells the size; the tag is "" where it tells none.
+    """
 
     url: str
     path: str
-    size_bytes: int
+    size_bytes: int | None
     tag: str
 
 
@@ -318,15 +321,14 @@ class ObjectWriter:
         return self._size_bytes
 
     def __enter__(self) -> Self:
-        has_types = isinstance(self._store._backend, S3Store)  # a file has none
+        is_s3 = isinstance(self._store._backend, S3Store)  # a file has no type
+        has_type = is_s3 and self._content_type is not None
         with self._translated():
             self._file = obstore.open_writer(
                 self._store._backend,
                 self._store._path(self._key),
-                attributes={"Content-Type": self._content_type}
-                if self._content_type and has_types
-                else None,
-                buffer_size=PART_BYTES if isinstance(self._store._backend, S3Store) else _FILE_PART_BYTES,
+                attributes={"Content-Type": self._content_type or ""} if has_type else None,
+                buffer_size=PART_BYTES if is_s3 else _FILE_PART_BYTES,
                 max_concurrency=PARTS_IN_FLIGHT,
             )
             self._file.__enter__()
@@ -493,7 +495,7 @@ def list_files(url: str) -> Iterator[SourceFile]:
         if "s3" in _protocols(filesystem):
             yield from _list_s3(filesystem, root)
         else:
-            yield from _walk(filesystem, root)
+            yield from _walk(filesystem, root, url)
 
 
 def find_file(url: str) -> SourceFile | None:
@@ -509,7 +511,7 @@ def find_file(url: str) -> SourceFile | None:
             info = filesystem.info(root)
         except FileNotFoundError:
             return None
-        return _described(filesystem, info, root.rpartition("/")[2])
+        return _described(filesystem, info, root.rpartition("/")[2], url)
 
 
 def open_file(url: str) -> BinaryIO:
@@ -545,17 +547,59 @@ def open_stream(
             yield FileReader(file, url)
 
 
-def read_file(url: str) -> bytes:
-    """The bytes of one file under any fsspec URL. Raises StoreError and its kinds."""
+def read_file(url: str, *, size_bytes: int | None = None, tag: str | None = None) -> bytes:
+    """The bytes of one file under any fsspec URL.
+
+    `size_bytes` and `tag` are what SourceFile says of it: with a size no more than a byte above it
+    is held in memory, whatever the file has become. Raises ObjectChangedError if the file is larger
+    by now or has another tag; a smaller one is returned. StoreError and its kinds otherwise.
+    """
     # obstore takes a tenth of s3fs's time for a small file.
     if url.startswith("s3://") and _suits_obstore(url):
-        folder, _, name = url.rpartition("/")
-        return open_store(folder).get(name)
+        return _get_at_most(url, size_bytes, tag)
+    if tag or size_bytes == 0:  # an empty range is no range
+        _refuse_changed(url, size_bytes, tag)
     with _source_errors("read", url):
         if (file := _local_path(url)) is not None:
-            return file.read_bytes()
-        filesystem, path = _open_source(url)
-        return bytes(filesystem.cat_file(path))
+            with file.open("rb") as opened:
+                body = opened.read(-1 if size_bytes is None else size_bytes + 1)
+        else:
+            filesystem, path = _open_source(url)
+            end = size_bytes + 1 if size_bytes else None
+            body = bytes(filesystem.cat_file(path, start=0 if end else None, end=end))
+    if size_bytes is not None and len(body) > size_bytes:
+        raise _changed(url, size_bytes, "more")
+    return body
+
+
+def _get_at_most(url: str, size_bytes: int | None, tag: str | None) -> bytes:
+    """An object of S3 by one GET, whose body is not fetched if it is too large."""
+    folder, _, name = url.rpartition("/")
+    store = open_store(folder)
+    with store._translated("read", name):
+        options: Any = {"if_match": tag} if tag else None
+        result = obstore.get(store._backend, store._path(name), options=options)
+        if size_bytes is None or result.meta["size"] <= size_bytes:
+            return bytes(result.bytes())
+        seen = result.meta["size"]
+    raise _changed(url, size_bytes, f"{seen} bytes")
+
+
+def _refuse_changed(url: str, size_bytes: int | None, tag: str | None) -> None:
+    """Raise ObjectChangedError unless the file has the tag, and the size where one is given."""
+    now = find_file(url)
+    if now is None:
+        raise ObjectMissingError(f"cannot read {url}: there is nothing; check the path")
+    if size_bytes is not None and now.size_bytes not in (None, size_bytes):
+        raise _changed(url, size_bytes, f"{now.size_bytes} bytes")
+    if tag and now.tag != tag:
+        raise ObjectChangedError(f"{url} has changed: listed was tag {tag}, now it has {now.tag}")
+
+
+def _changed(url: str, size_bytes: int, seen: str) -> ObjectChangedError:
+    return ObjectChangedError(
+        f"{url} has changed: listed were {size_bytes} bytes, now it has {seen}"
+    )
 
 
 # ----------------------------------------------------------------------------------------
@@ -730,21 +774,39 @@ def _list_directory(
                 yield SourceFile(f"file://{root}/{path}", path, stat.st_size, str(stat.st_mtime_ns))
 
 
-def _walk(filesystem: Any, root: str) -> Iterator[SourceFile]:
+def _walk(filesystem: Any, root: str, source: str) -> Iterator[SourceFile]:
     for _, _, files in filesystem.walk(root, detail=True, on_error="raise"):
         for info in files.values():
             path = str(info["name"]).removeprefix(root).lstrip("/")
-            if (file := _described(filesystem, info, path)) is not None:
+            if (file := _described(filesystem, info, path, source)) is not None:
                 yield file
 
 
-def _described(filesystem: Any, info: Mapping[str, Any], path: str) -> SourceFile | None:
+def _described(
+    filesystem: Any, info: Mapping[str, Any], path: str, source: str
+) -> SourceFile | None:
     """What fsspec says of a file, which lies at `path` in its source; None for a folder."""
     if info["type"] == "directory":
         return None
-    tag = str(info.get("ETag") or info.get("mtime") or info.get("created") or "")
-    url = filesystem.unstrip_protocol(str(info["name"]))
-    return SourceFile(url, path, info["size"] or 0, tag)
+    tag = info.get("ETag") or info.get("mtime") or info.get("created") or info.get("CRC") or ""
+    url = _in_chain(source, filesystem.unstrip_protocol(str(info["name"])))
+    size = info.get("size")
+    return SourceFile(url, path, None if size is None else int(size), str(tag))
+
+
+def _in_chain(source: str, url: str) -> str:
+    """A file's URL with what it lies in: zip://folder::s3://bucket/images.zip is a chain of links.
+
+    fsspec tells the file's own URL only. Its link is the one with its protocol; caches have a link
+    of their own, without a path.
+    """
+    links = source.split("::")
+    protocols = [link.partition("://")[0] for link in links]
+    protocol = url.partition("://")[0]
+    if len(links) == 1:
+        return url
+    links[protocols.index(protocol) if protocol in protocols else -1] = url
+    return "::".join(links)
 
 
 # ----------------------------------------------------------------------------------------

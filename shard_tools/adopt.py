@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pipeline.decode import MAX_BYTES
 from pipeline.errors import SampleError, UsageError
-from pipeline.shards import ShardHash, crc32c
+from pipeline.shards import IndexRows, ShardHash, crc32c
 from pipeline.store import SourceFile, open_store, resolve
 from shard_tools.judge import Accepted, RejectedError
 from shard_tools.tars import TarInput, is_gzipped, read_tar_file
@@ -24,11 +24,11 @@ Row = dict[str, Any]
 class AdoptedShard(NamedTuple):
     """What a snapshot and an index say of an adopted shard.
 
-    `rows` are for `pipeline.shards.encode_index`, with the columns of `shard_tools.tars.COLUMNS` as
-    extra ones; `tar_hash` as `pipeline.shards` describes it.
+    `rows` have the columns of `shard_tools.tars.COLUMNS` as extra ones; `tar_hash` is as
+    `pipeline.shards` describes it.
     """
 
-    rows: list[Row]
+    rows: IndexRows
     tar_hash: bytes
     tar_tag: str | None  # for the snapshot: an ETag, which a file does not have
 
@@ -52,7 +52,7 @@ def index_tar(
     ObjectChangedError if it is not, or no longer, the one that was listed; StoreError.
     """
     tag = _readable_tag(file)
-    rows: list[Row] = []
+    rows = IndexRows()
     folded = ShardHash()
     for number, item in enumerate(read_tar_file(file, max_bytes=max_bytes)):
         row = _describe(item, judge)

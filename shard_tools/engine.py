@@ -144,9 +144,10 @@ class Engine(ABC, Generic[Task, Result]):
     def run(self, tasks: Iterable[Task]) -> Iterator[Result]:
         """The tasks' results, one each, in the order in which they end; tasks are taken as needed.
 
-        A task that met a StoreError other than AccessDeniedError is run 3 times in all, after a
-        second and again after four, in which others run; one whose worker died 4 times. When no task is left to start, idle workers run a second copy of those
-        that take long; the first result counts, and the other copy is killed.
+        A task that met a StoreError other than AccessDeniedError is run 3 times in all, with about
+        1 s and 4 s between, in which others run; one whose worker died 4 times. When no task is
+        left to start, idle workers run a second copy of those that take long; the first result
+        counts, and the other copy is killed.
 
         Raises a task's last exception, with the worker's traceback as its cause; WorkerDiedError
         if a task keeps killing its workers. However it ends, no worker is left.

@@ -10,25 +10,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.decode import TOO_LARGE
-from pipeline.errors import ObjectMissingError, SampleError, UsageError
-from pipeline.store import SourceFile, read_file
+from pipeline.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SampleError,
+    StoreError,
+    UsageError,
+)
+from pipeline.store import SourceFile, find_file, read_file
+from shard_tools.blame import CHANGED, reject_of
 from shard_tools.download import DownloadSettings
 from shard_tools.lists import read_urls
 from shard_tools.sources import Kind, PlannedInput
-from shard_tools.tars import read_tar_file
+from shard_tools.tars import TarInput, read_tar_file
 from shard_tools.urls import redact
-
-MISSING = "missing"  # gone since the plan was made
-CHANGED = "changed"  # not what was planned
-UNREADABLE = "unreadable"  # a local file that may not, or cannot, be read
 
 READ_AHEAD_BYTES = 64 * 2**20  # a worker
 READERS = 8  # requests at once, a worker
 GROUP_FILES, GROUP_BYTES = 16, 2 * 2**20  # local files that are fetched in one go
+UNPLANNED_BYTES = 8 * 2**20  # that a file of unknown size counts for in what is read ahead
 NEAR_S = 1e-3  # that it takes at most to open a file that is near
 
 _LOCAL = "file://"
-_Fetched = bytes | SampleError | None  # None: a local file, which the kernel has been told to read
+# None: a local file, which the kernel has been told to read.
+_Fetched = bytes | SampleError | StoreError | None
 
 
 @dataclass(slots=True)
@@ -50,13 +56,14 @@ def read_inputs(
 ) -> Iterator[Arrival]:
     """Every input of a unit, in order; of tars, every image in them.
 
-    Raises StoreError if a store fails; what is wrong with one input becomes its SampleError.
+    What is wrong with one input becomes its SampleError. Raises StoreError if a store fails, see
+    shard_tools.blame for the difference.
     """
     if kind == "urls":
         yield from _download(planned, download, url_column, max_bytes)
     elif kind == "tars":
         for piece in planned:
-            yield from _unpack(piece, max_bytes)
+            yield from _unpack(piece, planned, max_bytes)
     else:
         yield from _read_ahead(planned, max_bytes)
 
@@ -74,18 +81,23 @@ def _read_ahead(files: Sequence[PlannedInput], max_bytes: int) -> Iterator[Arriv
     """Every file, those that come next being fetched meanwhile."""
     pending: deque[_Group] = deque()
     ahead_bytes = 0
+    unit = _Unit(files, max_bytes)
     with _Fetchers(max_bytes) as fetchers:
         for group in _groups(files):
-            size = sum(min(file.size_bytes or 0, max_bytes) for file in group)
+            size = sum(_expected_bytes(file, max_bytes) for file in group)
             while pending and (
                 ahead_bytes + size > READ_AHEAD_BYTES or len(pending) >= 2 * READERS
             ):
                 ahead_bytes -= pending[0].size_bytes
-                yield from _arrivals(pending.popleft(), max_bytes)
+                yield from _arrivals(pending.popleft(), unit)
             pending.append(_Group(group, size, fetchers.begin(group)))
             ahead_bytes += size
         for rest in pending:
-            yield from _arrivals(rest, max_bytes)
+            yield from _arrivals(rest, unit)
+
+
+def _expected_bytes(file: PlannedInput, max_bytes: int) -> int:
+    return min(UNPLANNED_BYTES if file.size_bytes is None else file.size_bytes, max_bytes)
 
 
 def _groups(files: Sequence[PlannedInput]) -> Iterator[Sequence[PlannedInput]]:
@@ -111,10 +123,36 @@ class _Group:
     fetched: Future[list[_Fetched]]
 
 
-def _arrivals(group: _Group, max_bytes: int) -> Iterator[Arrival]:
+def _arrivals(group: _Group, unit: "_Unit") -> Iterator[Arrival]:
     for file, fetched in zip(group.files, group.fetched.result(), strict=True):
-        data = _bytes_or_error(file, max_bytes) if fetched is None else fetched
-        yield Arrival(file.row, described(file), data)
+        data = _bytes_or_error(file, unit.max_bytes) if fetched is None else fetched
+        yield Arrival(file.row, described(file), unit.settle(file, data))
+
+
+class _Unit:
+    """The files of a unit, which tell what is one's own fault from what is the store's."""
+
+    def __init__(self, files: Sequence[PlannedInput], max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._files = files
+        self._read: list[str] = []  # the last one that could be
+
+    def settle(
+        self, file: PlannedInput, data: bytes | SampleError | StoreError
+    ) -> bytes | SampleError:
+        """What becomes of a file. Raises StoreError if it is the store that fails."""
+        if isinstance(data, bytes):
+            self._read = [file.source]
+            return data
+        if isinstance(data, SampleError):
+            return data
+        reject = reject_of(file.source, data, self._others())
+        again = _bytes_or_error(file, self.max_bytes)  # the store may have been away for a moment
+        return reject if isinstance(again, StoreError) else again
+
+    def _others(self) -> list[str]:
+        step = max(len(self._files) // 8, 1)
+        return [*self._read, *(other.source for other in self._files[::step])]
 
 
 class _Fetchers(ThreadPoolExecutor):
@@ -163,26 +201,32 @@ def _prefetch(file: PlannedInput) -> None:
         os.close(descriptor)
 
 
-def _bytes_or_error(file: PlannedInput, max_bytes: int) -> bytes | SampleError:
+def _bytes_or_error(file: PlannedInput, max_bytes: int) -> bytes | SampleError | StoreError:
     try:
         return _read(file, max_bytes)
-    except SampleError as error:
+    except (SampleError, StoreError) as error:
         return error
 
 
 def _read(file: PlannedInput, max_bytes: int) -> bytes:
     """A file's bytes.
 
-    Raises SampleError if it is too large, gone, unreadable on its disk, or not what was planned;
-    StoreError if a store fails.
+    Raises SampleError if it is too large or not what was planned; StoreError if it cannot be read.
     """
     planned_bytes = file.size_bytes
     if planned_bytes is not None and planned_bytes > max_bytes:
-        raise SampleError(TOO_LARGE, f"{planned_bytes} bytes, allowed are {max_bytes}")
-    data = _read_local(file, max_bytes) if _is_local(file) else _read_remote(file)
-    if planned_bytes not in (None, len(data)):
+        raise _too_large(planned_bytes, max_bytes)
+    data = _read_local(file, max_bytes) if _is_local(file) else _read_remote(file, max_bytes)
+    if planned_bytes is None:
+        if len(data) > max_bytes:
+            raise _too_large(len(data), max_bytes)
+    elif planned_bytes != len(data):
         raise SampleError(CHANGED, f"{len(data)} bytes, planned were {planned_bytes}")
     return data
+
+
+def _too_large(size_bytes: int, max_bytes: int) -> SampleError:
+    return SampleError(TOO_LARGE, f"{size_bytes} bytes, allowed are {max_bytes}")
 
 
 def _read_local(file: PlannedInput, max_bytes: int) -> bytes:
@@ -190,25 +234,56 @@ def _read_local(file: PlannedInput, max_bytes: int) -> bytes:
     try:
         descriptor = os.open(file.source.removeprefix(_LOCAL), os.O_RDONLY)
         try:
-            return os.read(
-                descriptor, (max_bytes if file.size_bytes is None else file.size_bytes) + 1
-            )
+            planned_bytes = file.size_bytes
+            if planned_bytes is None:
+                planned_bytes = min(os.fstat(descriptor).st_size, max_bytes)
+            data = os.read(descriptor, planned_bytes + 1)
+            if len(data) != planned_bytes:
+                data = _read_on(descriptor, data, planned_bytes + 1)
+            # Last, so that a change while it is read shows.
+            if file.tag is not None and str(os.fstat(descriptor).st_mtime_ns) != file.tag:
+                raise SampleError(CHANGED, f"{file.source}: another time than was planned")
         finally:
             os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise SampleError(MISSING, f"{file.source}: {error.strerror}") from None
+        raise ObjectMissingError(f"{file.source}: {error.strerror}") from None
     except OSError as error:
-        raise SampleError(UNREADABLE, f"{file.source}: {error.strerror}") from None
-
-
-def _read_remote(file: PlannedInput) -> bytes:
-    try:
-        data = read_file(file.source)
-        if file.size_bytes not in (None, len(data)):  # some clients pass a cut body as success
-            data = read_file(file.source)
-    except ObjectMissingError as error:
-        raise SampleError(MISSING, str(error)) from None
+        raise StoreError(f"{file.source}: {error.strerror}") from None
     return data
+
+
+def _read_on(descriptor: int, data: bytes, length_bytes: int) -> bytes:
+    """All of `length_bytes`, or up to the end: network file systems may read less at once."""
+    pieces = [data]
+    while pieces[-1] and (missing := length_bytes - sum(map(len, pieces))):
+        pieces.append(os.read(descriptor, missing))
+    return b"".join(pieces)
+
+
+def _read_remote(file: PlannedInput, max_bytes: int) -> bytes:
+    size_bytes, tag = file.size_bytes, file.tag
+    if size_bytes is None:  # another try, or a store that did not tell
+        size_bytes, tag = _look_up(file, max_bytes)
+    try:
+        data = read_file(file.source, size_bytes=size_bytes, tag=tag)
+        if size_bytes != len(data):  # some clients pass a cut body as success
+            data = read_file(file.source, size_bytes=size_bytes, tag=tag)
+    except ObjectChangedError as error:
+        raise SampleError(CHANGED, str(error)) from None
+    return data
+
+
+def _look_up(file: PlannedInput, max_bytes: int) -> tuple[int, str | None]:
+    """A file's size, or the largest allowed where nobody knows, and its tag.
+
+    Raises SampleError if it is too large, ObjectMissingError.
+    """
+    now = find_file(file.source)
+    if now is None:
+        raise ObjectMissingError(f"{file.source}: there is nothing")
+    if now.size_bytes is not None and now.size_bytes > max_bytes:
+        raise _too_large(now.size_bytes, max_bytes)
+    return max_bytes if now.size_bytes is None else now.size_bytes, file.tag or now.tag
 
 
 # ----------------------------------------------------------------------------------------
@@ -258,19 +333,29 @@ def _whole_urls(planned: Sequence[PlannedInput], url_column: str | None) -> dict
 # tars
 
 
-def _unpack(piece: PlannedInput, max_bytes: int) -> Iterator[Arrival]:
-    """The images of a tar, or of a piece of it."""
-    members = read_tar_file(
+def _unpack(piece: PlannedInput, unit: Sequence[PlannedInput], max_bytes: int) -> Iterator[Arrival]:
+    """The images of a tar, or of a piece of it; behind them a reject if it is gone or changed."""
+    row = piece.row
+    try:
+        for member in _members(piece, max_bytes):
+            columns = {"label": None, **member.columns, "source": f"{piece.source}#{member.name}"}
+            data = member.problem if member.data is None else member.data
+            assert data is not None
+            yield Arrival(row, columns, data)
+            row += 1
+    # Other failures may pass, and the rest of a tar is too much to lose for one: they end the job.
+    except (ObjectMissingError, ObjectChangedError, AccessDeniedError) as error:
+        reject = reject_of(piece.source, error, (other.source for other in unit))
+        yield Arrival(row, described(piece), reject)
+
+
+def _members(piece: PlannedInput, max_bytes: int) -> Iterator[TarInput]:
+    return read_tar_file(
         tar_file(piece),
         start_bytes=piece.start_bytes or 0,
         end_bytes=piece.end_bytes,
         max_bytes=max_bytes,
     )
-    for number, member in enumerate(members):
-        columns = {"label": None, **member.columns, "source": f"{piece.source}#{member.name}"}
-        data = member.problem if member.data is None else member.data
-        assert data is not None
-        yield Arrival(piece.row + number, columns, data)
 
 
 def tar_file(piece: PlannedInput) -> SourceFile:

@@ -20,6 +20,8 @@ from pipeline.shards import BLOCK_BYTES, Input, SkippingInput
 
 DAMAGED_TAR = "damaged tar"
 
+MAX_MEMBERS = 1_000_000  # of a tar or piece that is read: a gzipped one may hold any number
+
 _MAX_EXTENSION_BYTES = 2**20  # of a PAX header or a GNU long name
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _SKIPPED_BYTES = 2**20
@@ -75,25 +77,38 @@ class GunzippingReader:
 class TarWalk:
     """Iterates over a tar's members; whoever iterates takes each body, by `body`, before the next.
 
-    Raises SampleError (TRUNCATED or DAMAGED_TAR) where the tar cannot be followed any further;
-    `position` is the offset reached, `reading` the member whose body was being read, if any.
+    Raises SampleError (TRUNCATED or DAMAGED_TAR) where the tar cannot be followed any further, or
+    has more than `max_members`; `position` is the offset reached, `reading` the member whose body
+    was being read, if any.
     """
 
-    def __init__(self, stream: Input, where: str, start_bytes: int, end_bytes: int | None) -> None:
+    def __init__(
+        self,
+        stream: Input,
+        where: str,
+        start_bytes: int,
+        end_bytes: int | None,
+        max_members: int = MAX_MEMBERS,
+    ) -> None:
         self._stream = stream
         self._where = where
         self._end = end_bytes
         self.position = 0
         self.reading: TarMember | None = None
         self._first_bytes = start_bytes
+        self._max_members = max_members
 
     def __iter__(self) -> Iterator[TarMember]:
         self._skip(self._first_bytes)
+        members = 0
         while self._end is None or self.position < self._end:
             member = self._next_member()
             if member is None:
                 return
             if member.kind != _FOLDER:
+                members += 1
+                if members > self._max_members:
+                    raise self._damaged(f"more than {self._max_members} members")
                 self.reading = member
                 yield member
                 self.reading = None

@@ -17,9 +17,11 @@ from itertools import chain
 from random import randrange
 from typing import Any
 
+import pyarrow.compute as pc
+
 from pipeline.errors import SampleError, StoreError, UsageError
 from pipeline.manifest import new_attempt
-from pipeline.shards import INDEX_SCHEMA, ShardWriter, encode_index, sample_key
+from pipeline.shards import IndexRows, ShardWriter, encode_index_table, sample_key
 from pipeline.store import Store, open_store
 from shard_tools.adopt import index_tar
 from shard_tools.commits import (
@@ -283,21 +285,21 @@ class _Shard:
     tar_bytes: int
     tar_tag: str | None
     tar_hash: bytes
-    rows: list[dict[str, Any]]
+    rows: IndexRows
 
 
 def _write_shard(dataset: Store, name: str, rows: Iterator[_Row], *, unique: bool) -> _Shard:
     """Stream the rows into a shard, with memory for one image."""
-    columns: list[dict[str, Any]] = []
+    index = IndexRows()
     seen: set[bytes] | None = set() if unique else None
     with dataset.writer(name) as tar:
         shard = ShardWriter(tar)
         for row in rows:
             if row.data is not None:
                 _add(shard, row, row.data, seen)
-            columns.append(row.columns)
+            index.append(row.columns)
         tar_hash = shard.finish()
-    return _Shard(tar.info.key, tar.info.size_bytes, tar.info.tag, tar_hash, columns)
+    return _Shard(tar.info.key, tar.info.size_bytes, tar.info.tag, tar_hash, index)
 
 
 def _add(shard: ShardWriter, row: _Row, data: bytes, seen: set[bytes] | None) -> None:
@@ -328,12 +330,12 @@ def _index_shard(task: UnitTask, tar: PlannedInput, judge_image: Judge) -> _Shar
 
 
 def _write_index(dataset: Store, name: str, shard: _Shard) -> UnitCommit:
-    rows = shard.rows
-    extra = dict.fromkeys(["label", *chain.from_iterable(rows)])
-    body = encode_index(rows, [column for column in extra if column not in INDEX_SCHEMA.names])
+    table = shard.rows.table()
+    body = encode_index_table(table)
     with dataset.writer(name) as index:
         index.write(body)
-    kept = [row for row in rows if row["status"] == "ok"]
+    kept = table.filter(pc.equal(table["status"], "ok"))
+    rejected = pc.value_counts(table["reason"].drop_null()).to_pylist()
     return UnitCommit(
         tar=shard.tar,
         index=index.info.key,
@@ -343,8 +345,8 @@ def _write_index(dataset: Store, name: str, shard: _Shard) -> UnitCommit:
         index_tag=index.info.tag,
         tar_hash=shard.tar_hash.hex(),
         index_sha256=hashlib.sha256(body).hexdigest(),
-        rows=len(rows),
+        rows=len(table),
         kept=len(kept),
-        sample_bytes=sum(row["length"] for row in kept),
-        rejected=dict(Counter(row["reason"] for row in rows if row["status"] != "ok")),
+        sample_bytes=pc.sum(kept["length"]).as_py() or 0,
+        rejected={entry["values"]: entry["counts"] for entry in rejected},
     )

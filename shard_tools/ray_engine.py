@@ -7,12 +7,15 @@ Through Ray go tasks and results, some hundred bytes each, never an image.
 
 The environment that workers need to reach a store (AWS_…) travels in the tasks' arguments: Ray
 writes the `env_vars` of a runtime environment to its log files and shows them on its dashboard.
+
+A cluster without any CPU may be one that is about to grow: its tasks wait, and the log says so.
 """
 
 import logging
 import os
 import pickle
 import socket
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,6 +36,8 @@ from shard_tools.engine import (
 TASKS_PER_PROCESS = 2  # Ray hands the next one over without asking us
 
 _CONNECT_S = 10.0
+_NO_CPUS_S = 10.0  # without any, before the log says why nothing happens
+_log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 80 * 2**20  # about Ray's minimum: results travel outside of it
 _RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # it would report to its makers
@@ -99,6 +104,8 @@ class _RayPool:
         self._max_workers = max_workers
         self._progress_of = progress_of
         self._owned = owned
+        self._opened_s = time.monotonic()
+        self._told = False  # that there are no CPUs
         self._images = self._rejected = 0
         self._running: set[Any] = set()
         self._attempt = ray.remote(max_retries=0)(attempt_with_environment)
@@ -115,7 +122,18 @@ class _RayPool:
     def num_processes(self) -> int:
         """The cluster's CPUs, asked again each time for it may grow."""
         cpus = int(self._ray.cluster_resources().get("CPU", 0))
+        if cpus == 0:
+            self._tell_of_no_cpus()
         return max(1, min(cpus, self._max_workers or cpus))
+
+    def _tell_of_no_cpus(self) -> None:
+        if self._told or time.monotonic() - self._opened_s < _NO_CPUS_S:
+            return
+        self._told = True
+        _log.warning(
+            "the Ray cluster has no CPU to run tasks on: waiting until a node with one joins it "
+            "(`ray start --address=…`); Ctrl-C ends this, and what is committed stays"
+        )
 
     def start(self, task: Any) -> Any:
         work = pickle.dumps((self._function, task))

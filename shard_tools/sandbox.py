@@ -10,7 +10,11 @@ never returns and never lets go of the interpreter. Two means together keep that
   hangs, that image is rejected and the next one gets a fresh child. The results are judge's.
 
 Child and parent talk over a socket, in messages of JSON with an image's bytes behind it. No pickle:
-a process that decodes hostile bytes is not to be trusted with its parent's interpreter.
+a process that decodes hostile bytes is not to be trusted with its parent's interpreter. For the
+same reason an answer counts only if `judge` could have given it, and the child's environment has no
+credentials: only what Python, its libraries and their caches need. A filter that reads any other
+variable finds it unset here. The child remains the user's process, with the user's files and
+network: this contains bugs, not whoever has made use of one to run code.
 """
 
 import contextlib
@@ -18,19 +22,33 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import resource
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.errors import CropstreamError
 from shard_tools.filters import Filter, load_filter
-from shard_tools.judge import TIME_LIMIT_S, Accepted, ImageSettings, RejectedError, judge, watched
+from shard_tools.judge import (
+    TIME_LIMIT_S,
+    Accepted,
+    ImageSettings,
+    RejectedError,
+    extension_of,
+    judge,
+    watched,
+)
 
 DECODER_DIED = "decoder died"
 DECODER_HUNG = "decoder hung"
@@ -45,6 +63,18 @@ _ATTEMPTS = 2
 _KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes of image
+_MAX_TEXT_BYTES = 2**20
+_MAX_MESSAGE_CHARACTERS = 2**16  # of an error: at most 12 bytes each in JSON
+_STDERR = 2
+_INHERITED = (
+    *("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV"),
+    *("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TORCH_HOME"),
+    "CUDA_VISIBLE_DEVICES",
+)
+_INHERITED_PREFIXES = ("PYTHON", "LC_", "OMP_")
+
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_NEEDED_COLUMNS = frozenset({"width", "height", "format"})
 
 
 class Sandbox:
@@ -54,7 +84,8 @@ class Sandbox:
         settings: as for judge.
         filter_name: the Python filter that the command line named, imported in the child.
         time_limit_s: for one image.
-        memory_bytes: the child's heap; more where the pixel cap demands it.
+        memory_bytes: the decoder's heap; more where the pixel cap demands it. A filter's own memory
+            is its own affair, here as in an ordinary worker.
     """
 
     def __init__(
@@ -90,14 +121,17 @@ class Sandbox:
             except TimeoutError:
                 code = -signal.SIGALRM
                 self._drop()
-            except (ConnectionError, EOFError, ValueError):  # or it sends nonsense
+            except (ConnectionError, EOFError):
                 code = self._drop()
+            except ValueError as error:
+                self._drop()
+                raise _decoder_died(f"its process answered with {error}") from None
             if code not in _KILLED_FROM_OUTSIDE:
                 break
         if code == -signal.SIGALRM:
             message = f"{DECODER_HUNG}: no verdict within {self._orders.time_limit_s:g} s"
             raise RejectedError(DECODER_HUNG, message, {})
-        raise RejectedError(DECODER_DIED, f"{DECODER_DIED}: its process ended with code {code}", {})
+        raise _decoder_died(f"its process ended with code {code}")
 
     def _running_child(self) -> "_Child":
         if self._child is not None and not self._child.is_alive():
@@ -110,6 +144,10 @@ class Sandbox:
         """End the child, if there is one, and tell how it ended."""
         child, self._child = self._child, None
         return child.end() if child is not None else 0
+
+
+def _decoder_died(how: str) -> RejectedError:
+    return RejectedError(DECODER_DIED, f"{DECODER_DIED}: {how}", {})
 
 
 @dataclass(frozen=True)
@@ -126,7 +164,9 @@ class _Child:
     """One child process, ready to judge."""
 
     def __init__(self, orders: _Orders) -> None:
-        self._channel, far_end = socket.socketpair()
+        self._settings = ImageSettings(**orders.settings)
+        end, far_end = socket.socketpair()
+        self._channel = _Channel(end, max_body_bytes=_max_body_bytes(self._settings))
         with far_end:
             try:
                 self._process = _spawn(far_end.fileno())
@@ -140,29 +180,28 @@ class _Child:
             raise
 
     def _start(self, orders: _Orders) -> None:
-        self._channel.settimeout(_START_LIMIT_S)
+        self._channel.set_deadline(_START_LIMIT_S)
         try:
-            _send(self._channel, dataclasses.asdict(orders))
-            answer, _ = _receive(self._channel)
-        except (TimeoutError, ConnectionError, EOFError) as error:
+            self._channel.send(dataclasses.asdict(orders))
+            answer, _ = self._channel.receive()
+        except (TimeoutError, ConnectionError, EOFError, ValueError) as error:
             raise _not_started(error) from None
-        if "failed" in answer:
-            raise CropstreamError(answer["failed"])
+        match answer:
+            case {"failed": str(message)}:
+                raise CropstreamError(message)
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
     def judge(self, data: bytes, time_limit_s: float) -> Accepted:
-        """Raises RejectedError, CropstreamError, TimeoutError, and ConnectionError or EOFError."""
-        self._channel.settimeout(time_limit_s)
-        _send(self._channel, {}, data)
-        answer, body = _receive(self._channel)
-        if "failed" in answer:
-            raise CropstreamError(answer["failed"])
-        if "reason" in answer:
-            raise RejectedError(answer["reason"], answer["message"], answer["columns"])
-        same = answer["same"]
-        return Accepted(data if same else body, answer["extension"], answer["columns"])
+        """Raises RejectedError; CropstreamError if the filter is broken.
+
+        Also TimeoutError; ConnectionError or EOFError; ValueError for an answer that is none.
+        """
+        self._channel.set_deadline(time_limit_s)
+        self._channel.send({}, data)
+        answer, body = self._channel.receive()
+        return _read_answer(answer, body, data, self._settings)
 
     def end(self) -> int:
         self._channel.close()  # an idle child ends by itself
@@ -179,7 +218,8 @@ def _spawn(file_descriptor: int) -> subprocess.Popen[bytes]:
             [sys.executable, "-m", __name__, str(file_descriptor)],
             pass_fds=[file_descriptor],
             stdin=subprocess.DEVNULL,
-            env=os.environ | _environment(),
+            stdout=_STDERR,  # the command's own is its result
+            env=_environment(),
             start_new_session=True,  # Ctrl-C is the command's to handle
         )
     except OSError as error:
@@ -194,52 +234,153 @@ def _not_started(error: Exception) -> CropstreamError:
 
 
 def _environment() -> dict[str, str]:
-    """The child finds the modules that its parent does, and starts no threads."""
+    """The child finds the modules that its parent does, starts no threads, and knows no secret."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    return {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-def _send(channel: socket.socket, message: dict[str, Any], body: bytes = b"") -> None:
-    text = json.dumps(message).encode()
-    channel.sendall(_HEAD.pack(len(text), len(body)) + text)
-    channel.sendall(body)
+class _Channel:
+    """One end of the socket; a message is JSON, and bytes that may follow it.
+
+    Its methods raise ConnectionError or EOFError if the other end is gone, and TimeoutError.
+    """
+
+    def __init__(self, end: socket.socket, *, max_body_bytes: int = sys.maxsize) -> None:
+        self._end = end
+        self._max_body_bytes = max_body_bytes
+        self._deadline_s: float | None = None
+
+    def set_deadline(self, limit_s: float) -> None:
+        """Until then, from now, all that follows must be done."""
+        self._deadline_s = time.monotonic() + limit_s
+
+    def close(self) -> None:
+        self._end.close()
+
+    def send(self, message: Mapping[str, Any], body: bytes = b"") -> None:
+        text = json.dumps(message).encode()
+        self._watch_clock()
+        self._end.sendall(_HEAD.pack(len(text), len(body)) + text)
+        self._watch_clock()
+        self._end.sendall(body)
+
+    def receive(self) -> tuple[Any, bytes]:
+        """The JSON of a message and its bytes; ValueError if it is too long or no JSON."""
+        text_bytes, body_bytes = _HEAD.unpack(self._receive_exactly(_HEAD.size))
+        if text_bytes > _MAX_TEXT_BYTES or body_bytes > self._max_body_bytes:
+            raise ValueError(f"too much: {text_bytes} bytes of text and {body_bytes} bytes")
+        try:
+            message = json.loads(self._receive_exactly(text_bytes))
+        except (ValueError, RecursionError):  # the latter if it is nested too deep
+            raise ValueError("text that is no JSON") from None
+        return message, self._receive_exactly(body_bytes)
+
+    def _receive_exactly(self, size_bytes: int) -> bytes:
+        received = bytearray()
+        while len(received) < size_bytes:
+            self._watch_clock()
+            if not (part := self._end.recv(min(size_bytes - len(received), 2**20))):
+                raise EOFError
+            received += part
+        return bytes(received)
+
+    def _watch_clock(self) -> None:
+        """Have the socket's next operation end in time."""
+        if self._deadline_s is None:
+            return
+        if (rest_s := self._deadline_s - time.monotonic()) <= 0:
+            raise TimeoutError
+        self._end.settimeout(rest_s)
 
 
-def _receive(channel: socket.socket) -> tuple[dict[str, Any], bytes]:
-    text_bytes, body_bytes = _HEAD.unpack(_receive_exactly(channel, _HEAD.size))
-    message: dict[str, Any] = json.loads(_receive_exactly(channel, text_bytes))
-    return message, _receive_exactly(channel, body_bytes)
+def _is_side(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
 
 
-def _receive_exactly(channel: socket.socket, size_bytes: int) -> bytes:
-    """Raises EOFError if the other end is gone."""
-    received = bytearray()
-    while len(received) < size_bytes:
-        if not (part := channel.recv(min(size_bytes - len(received), 2**20))):
-            raise EOFError
-        received += part
-    return bytes(received)
+def _is_written_side(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[1-9][0-9]{0,9}", value) is not None
+
+
+def _is_hash(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+_COLUMNS: Mapping[str, Callable[[Any], bool]] = {
+    "width": _is_side,
+    "height": _is_side,
+    "format": _FORMATS.__contains__,
+    "phash": _is_hash,
+    "original_width": _is_written_side,
+    "original_height": _is_written_side,
+}
+
+
+def _max_body_bytes(settings: ImageSettings) -> int:
+    """What judge may return instead of an image's own bytes."""
+    plain = ImageSettings()
+    encodes = (settings.resize, settings.encode, settings.orientation) != (
+        plain.resize,
+        plain.encode,
+        plain.orientation,
+    )
+    return settings.max_bytes if encodes else 0
+
+
+def _read_answer(answer: Any, body: bytes, data: bytes, settings: ImageSettings) -> Accepted:
+    """What the child says of `data`, if it is what judge could say: see `_answer`.
+
+    Raises RejectedError; CropstreamError if the filter is broken; ValueError for a wrong answer.
+    """
+    match answer:
+        case {"same": bool(same), "columns": dict(columns), **rest} if not rest:
+            _check_columns(columns)
+            if same != (not body):
+                raise ValueError(f"{len(body)} bytes for an image, the same: {same}")
+            if not columns.keys() >= _NEEDED_COLUMNS:
+                raise ValueError(f"an image that has no {_NEEDED_COLUMNS - columns.keys()}")
+            return Accepted(data if same else body, extension_of(columns["format"]), columns)
+        case {"reason": str(reason), "message": str(message), "columns": dict(columns), **rest} if (
+            reason and reason.isprintable() and not rest and not body
+        ):
+            _check_columns(columns)
+            raise RejectedError(reason, message, columns)
+        case {"failed": str(message), **rest} if settings.filter and not rest and not body:
+            raise CropstreamError(message)
+    raise ValueError("what is no verdict")
+
+
+def _check_columns(columns: dict[str, Any]) -> None:
+    """Raises ValueError for a column that judge does not know, or with a value it cannot have."""
+    for name, value in columns.items():
+        if name not in _COLUMNS or not _COLUMNS[name](value):
+            raise ValueError(f"a column {name[:40]!r} that is none, or cannot have its value")
 
 
 def _child_main(file_descriptor: int) -> None:
     """What a child does: take orders, then judge image after image until the parent is gone."""
     _die_with_parent()
-    with socket.socket(fileno=file_descriptor) as channel:
-        orders = _Orders(**_receive(channel)[0])
-        settings = ImageSettings(**orders.settings)
-        try:
-            keep = load_filter(orders.filter_name) if orders.filter_name else None
-        except CropstreamError as error:
-            _send(channel, {"failed": str(error)})
-            return
-        _limit(resource.RLIMIT_CORE, 0)
-        _limit(resource.RLIMIT_DATA, orders.memory_bytes)
-        _send(channel, {})
-        with watched(orders.time_limit_s) as watch:
-            while True:
-                _, data = _receive(channel)
-                answer, body = watch(_answer, data, settings, keep)
-                _send(channel, answer, body)
+    channel = _Channel(socket.socket(fileno=file_descriptor))
+    orders = _Orders(**channel.receive()[0])
+    settings = ImageSettings(**orders.settings)
+    try:
+        keep = load_filter(orders.filter_name) if orders.filter_name else None
+    except CropstreamError as error:
+        channel.send(_failed(error))
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit_heap(orders.memory_bytes)
+    if keep is not None:
+        keep = _without_limit(keep, orders.memory_bytes)
+    channel.send({})
+    with watched(orders.time_limit_s) as watch:
+        while True:
+            _, data = channel.receive()
+            channel.send(*watch(_answer, data, settings, keep))
 
 
 def _answer(
@@ -248,19 +389,40 @@ def _answer(
     try:
         accepted = judge(data, settings, keep=keep)
     except RejectedError as error:
-        return {"reason": error.reason, "message": str(error), "columns": error.columns}, b""
+        message = str(error)[:_MAX_MESSAGE_CHARACTERS]
+        return {"reason": error.reason, "message": message, "columns": error.columns}, b""
     except CropstreamError as error:  # the filter is broken
-        return {"failed": str(error)}, b""
+        return _failed(error), b""
     same = accepted.data is data
-    answer = {"same": same, "extension": accepted.extension, "columns": accepted.columns}
-    return answer, b"" if same else accepted.data
+    return {"same": same, "columns": accepted.columns}, b"" if same else accepted.data
 
 
-def _limit(kind: int, most: int) -> None:
-    """Limit this process, which may already live under a lower limit that it cannot raise."""
-    _, hard = resource.getrlimit(kind)
-    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
-    resource.setrlimit(kind, (most, most))
+def _failed(error: CropstreamError) -> dict[str, Any]:
+    return {"failed": str(error)[:_MAX_MESSAGE_CHARACTERS]}
+
+
+def _limit_heap(memory_bytes: int) -> None:
+    """Allow this process that much more than it has (Linux)."""
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        most = int(status.partition("VmData:")[2].split()[0]) * 1024 + memory_bytes
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)  # perhaps set by whoever started us
+        soft = most if hard == resource.RLIM_INFINITY else min(most, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _without_limit(keep: Filter, memory_bytes: int) -> Filter:
+    """A filter that may load its model when it is first called, as in an ordinary worker."""
+
+    def ask(pixels: NDArray[np.uint8], columns: Mapping[str, Any]) -> bool:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        try:
+            return keep(pixels, columns)
+        finally:
+            _limit_heap(memory_bytes)
+
+    return ask
 
 
 def _die_with_parent() -> None:

@@ -14,11 +14,12 @@ and `a.2.jpg` are different images.
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.decode import NOT_AN_IMAGE, TOO_LARGE
-from pipeline.errors import ObjectChangedError, SampleError
+from pipeline.errors import ObjectChangedError, ObjectMissingError, SampleError
 from pipeline.shards import Input
 from pipeline.store import SourceFile, find_file, open_stream
 from shard_tools.members import GunzippingReader, TarMember, TarWalk
@@ -77,12 +78,13 @@ def read_tar_file(
 ) -> Iterator[TarInput]:
     """The inputs of a tar under any fsspec URL, or of a piece of it; see `read_tar`.
 
-    A gzipped one is unpacked on the way and read whole. Raises ObjectChangedError if the file is
-    not the one that is described, or not any more; StoreError if it cannot be read.
+    A gzipped one is unpacked on the way and read whole. Raises ObjectMissingError if the file is
+    gone; ObjectChangedError if it is not the one that is described, or not any more; StoreError if
+    it cannot be read.
     """
     refuse_changed(file)
     with open_tar(file) as stream:
-        if end_bytes is not None and (end_bytes >= file.size_bytes or is_gzipped(file.url)):
+        if end_bytes is not None and (end_bytes >= size_of(file) or is_gzipped(file.url)):
             end_bytes = None
         yield from read_tar(
             stream,
@@ -97,7 +99,7 @@ def read_tar_file(
 @contextlib.contextmanager
 def open_tar(file: SourceFile) -> Iterator[Input]:
     """A context with a forward reader of a tar, unpacked if its name says that it is gzipped."""
-    with open_stream(file.url, file.size_bytes, tag=file.tag) as stream:
+    with open_stream(file.url, size_of(file), tag=file.tag) as stream:
         yield GunzippingReader(stream) if is_gzipped(file.url) else stream
 
 
@@ -106,14 +108,25 @@ def is_gzipped(url: str) -> bool:
     return url.lower().endswith(GZIP_SUFFIXES)
 
 
+def size_of(file: SourceFile) -> int:
+    """A tar's size in bytes: no plan holds a tar of which it is not known."""
+    assert file.size_bytes is not None
+    return file.size_bytes
+
+
 def refuse_changed(file: SourceFile) -> None:
-    """Raise ObjectChangedError unless a file has the size and the tag that it was listed with."""
+    """Hold a file against its listing.
+
+    Raises ObjectMissingError if it is gone, ObjectChangedError if it has another size or tag.
+    """
     now = find_file(file.url)
-    if now is None or (now.size_bytes, now.tag) != (file.size_bytes, file.tag):
-        seen = "is gone" if now is None else f"has {now.size_bytes} bytes and tag {now.tag}"
+    if now is None:
+        raise ObjectMissingError(f"{file.url} is gone; put it back, or plan what is left")
+    if (now.size_bytes, now.tag) != (file.size_bytes, file.tag):
         raise ObjectChangedError(
             f"{file.url} has changed: listed were {file.size_bytes} bytes and tag {file.tag}, now "
-            f"it {seen}; put the old file back, or plan the new one"
+            f"it has {now.size_bytes} bytes and tag {now.tag}; put the old file back, or plan the "
+            "new one"
         )
 
 
@@ -158,7 +171,7 @@ def tar_spans(file: SourceFile, span_bytes: int) -> list[tuple[int, int]]:
     """
     starts = [0]
     with open_tar(file) as stream:
-        walk = TarWalk(stream, file.url, 0, None)
+        walk = TarWalk(stream, file.url, 0, None, max_members=sys.maxsize)
         group: list[TarMember] = []
         with contextlib.suppress(SampleError):
             for member in walk:
@@ -168,7 +181,7 @@ def tar_spans(file: SourceFile, span_bytes: int) -> list[tuple[int, int]]:
                         starts.append(member.start)
                 walk.body(member, 0)
                 group.append(member)
-    return list(zip(starts, [*starts[1:], file.size_bytes], strict=True))
+    return list(zip(starts, [*starts[1:], size_of(file)], strict=True))
 
 
 def _begins_group(group: Sequence[TarMember], member: TarMember) -> bool:

@@ -18,9 +18,11 @@ from pipeline.shards import (
     BLOCK_BYTES,
     INDEX_SCHEMA,
     MAX_SAMPLE_BYTES,
+    IndexRows,
     ShardWriter,
     crc32c,
     encode_index,
+    encode_index_table,
     kept_rows,
     member_header,
     read_index,
@@ -253,3 +255,21 @@ def test_masks_are_numpys_little_endian_bits(rows: list[tuple[bool, bool]]) -> N
     mask = np.packbits(np.array([keep for _, keep in rows], bool), bitorder="little").tobytes()
     kept = [str(i) for i, (good, keep) in enumerate(rows) if good and keep]
     assert kept_rows(table, mask)["key"].to_pylist() == kept
+
+
+def test_rows_that_are_collected_give_the_same_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where columns come and go, and over several settled parts."""
+    rows = [
+        {"key": str(n), "source": "s", "status": "ok", "crc32c": n, **({f"x{n}": "y"} if n else {})}
+        for n in range(7)
+    ]
+    monkeypatch.setattr("pipeline.shards._FRESH_ROWS", 3)
+    collected = IndexRows()
+    for row in rows:
+        collected.append(row)
+    table = collected.table()
+    whole = read_index(encode_index(rows, ["label", *(f"x{n}" for n in range(1, 7))]), where=WHERE)
+    assert table.to_pylist() == whole.to_pylist()
+    assert table.schema.equals(whole.schema)
+    assert read_index(encode_index_table(table), where=WHERE).equals(whole)
+    assert len(IndexRows().table()) == 0

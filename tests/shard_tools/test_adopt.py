@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import ObjectChangedError, UsageError
 from pipeline.fetch import RawSample, SampleReader
 from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot, commit_snapshot, read_snapshot
-from pipeline.shards import encode_index, sample_key
+from pipeline.shards import encode_index, encode_index_table, sample_key
 from pipeline.store import SourceFile, Store, find_file, open_store
 from pipeline.telemetry import Telemetry
 from shard_tools.adopt import AdoptedShard, index_tar
@@ -38,10 +38,15 @@ def members(images: Path) -> list[tuple[str, bytes]]:
     return [*files, ("000098.jpg", b"no image"), ("000099.txt", b"alone")]
 
 
+def rows_of(shard: AdoptedShard) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = shard.rows.table().to_pylist()
+    return rows
+
+
 def adopt(dataset: Store, file: SourceFile) -> AdoptedShard:
     """Index a tar, and commit a snapshot of it alone."""
     shard = index_tar(file, keys=KEYS, judge=JUDGE)
-    body = encode_index(shard.rows, COLUMNS)
+    body = encode_index_table(shard.rows.table())
     with dataset.writer("data/ab/index.parquet") as writer:
         writer.write(body)
     row = {
@@ -52,8 +57,8 @@ def adopt(dataset: Store, file: SourceFile) -> AdoptedShard:
         "tar_tag": shard.tar_tag,
         "tar_hash": shard.tar_hash,
         "index_sha256": hashlib.sha256(body).digest(),
-        "rows": len(shard.rows),
-        "kept": sum(each["status"] == "ok" for each in shard.rows),
+        "rows": len(shard.rows.table()),
+        "kept": sum(each["status"] == "ok" for each in rows_of(shard)),
     }
     commit_snapshot(dataset, pa.Table.from_pylist([row], SNAPSHOT_SCHEMA), version=1, attempt="a")
     return shard
@@ -86,9 +91,11 @@ def test_the_loader_reads_what_was_adopted(
     assert theirs.get("x.tar") == tar
     verdict = check(ours)
     assert (verdict.problem, verdict.samples, verdict.decoded) == (None, 20, 4)
-    assert [row["reason"] for row in shard.rows[20:]] == ["not an image", "not an image"]
-    assert [row["txt"] for row in shard.rows[:20]] == [f"caption {n}" for n in range(20)]
-    assert shard.rows[0]["source"] == f"{file.url}#{'folder/' * 30 if dialect else ''}000000.jpg"
+    assert [row["reason"] for row in rows_of(shard)[20:]] == ["not an image", "not an image"]
+    assert [row["txt"] for row in rows_of(shard)[:20]] == [f"caption {n}" for n in range(20)]
+    assert (
+        rows_of(shard)[0]["source"] == f"{file.url}#{'folder/' * 30 if dialect else ''}000000.jpg"
+    )
 
 
 def test_verify_through_the_command_line(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
@@ -104,7 +111,7 @@ def test_the_hash_covers_header_and_samples(
     tar = make_tar(members)
     shard = adopt(open_store(tmp_path / "set"), store_tar(open_store(tmp_path), tar))
     expected = hashlib.sha256()
-    for row in shard.rows:
+    for row in rows_of(shard):
         if row["status"] == "ok":
             expected.update(tar[row["offset"] - 512 : row["offset"]])
             expected.update(hashlib.sha256(tar[row["offset"] :][: row["length"]]).digest())
@@ -123,7 +130,7 @@ def test_verify_finds_what_it_vouches_for(
     assert check(dataset).problem is None
     path = tmp_path / "x.tar"
     body = bytearray(path.read_bytes())
-    body[shard.rows[5]["offset"] + place] ^= 1
+    body[rows_of(shard)[5]["offset"] + place] ^= 1
     path.write_bytes(body)
     problem = check(dataset).problem
     assert (problem is None) if words is None else (words in str(problem) and str(path) in problem)
@@ -142,7 +149,7 @@ def test_verify_without_the_tar(
 def test_an_overlapping_index_is_refused(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     dataset = open_store(tmp_path / "set")
     shard = adopt(dataset, store_tar(open_store(tmp_path), make_tar(members)))
-    body = encode_index([shard.rows[1], shard.rows[0]], COLUMNS)
+    body = encode_index([rows_of(shard)[1], rows_of(shard)[0]], COLUMNS)
     (tmp_path / "set/data/ab/index.parquet").write_bytes(body)
     changed = {"index_bytes": len(body), "index_sha256": hashlib.sha256(body).digest()}
     assert "overlaps" in str(check(dataset, **changed, rows=2, kept=2).problem)
@@ -151,9 +158,9 @@ def test_an_overlapping_index_is_refused(tmp_path: Path, members: list[tuple[str
 def test_a_cut_tar_keeps_what_is_whole(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:
     dataset = open_store(tmp_path / "set")
     shard = adopt(dataset, store_tar(open_store(tmp_path), make_tar(members)[:100_000]))
-    kept = sum(row["status"] == "ok" for row in shard.rows)
+    kept = sum(row["status"] == "ok" for row in rows_of(shard))
     assert 0 < kept < 20
-    assert shard.rows[-1]["reason"] == "truncated"
+    assert rows_of(shard)[-1]["reason"] == "truncated"
     assert check(dataset).samples == kept
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import pytest
 from pipeline.errors import AccessDeniedError, ShardError, StoreError
 from shard_tools import engine
 from shard_tools.engine import (
-    STORE_ATTEMPTS,
+    STORE_PAUSES_S,
     TASK_ATTEMPTS,
     WorkerDiedError,
     make_engine,
@@ -91,6 +92,47 @@ def sleep_once_then_die(marker: str) -> str:
         else:
             Path(f"{marker}.copy").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+    return marker
+
+
+def wait_for(path: Path) -> None:
+    wait_until(path.exists)
+
+
+def die_after_the_result(marker: str) -> str:
+    """Where the name says so, be killed while the result is on its way; see the test."""
+    with Path(marker).open("a") as file:
+        file.write("x")
+    if Path(marker).name == "doomed":
+        wait_for(Path(f"{marker}.go"))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return marker
+
+
+def stay_or_return(marker: str) -> str:
+    """Where the name says so, stay until killed, the first time."""
+    if Path(marker).name == "doomed" and first_time(marker):
+        time.sleep(PATIENCE_S)
+    return marker
+
+
+def end_with_its_copy(marker: str) -> str:
+    """A straggler that ends in the moment in which its copy dies; see the test."""
+    if Path(marker).name == "slow":
+        is_copy = not first_time(f"{marker}.original")
+        if is_copy:
+            Path(f"{marker}.copy").touch()
+        wait_for(Path(f"{marker}.go"))
+        if is_copy:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return marker
+
+
+def need_the_other(marker: str) -> str:
+    """Like a store that is back after a while: "early" fails until "late" was there."""
+    if Path(marker).name == "early" and not Path(marker).with_name("late").exists():
+        raise StoreError("not yet")
+    Path(marker).touch()
     return marker
 
 
@@ -214,19 +256,34 @@ def test_a_task_that_kills_every_worker_ends_the_run(
 @pytest.mark.parametrize(
     ("name", "error", "tries"),
     [
-        ("store", StoreError, STORE_ATTEMPTS),
+        ("store", StoreError, 1 + len(STORE_PAUSES_S)),
         ("access", AccessDeniedError, 1),
         ("shard", ShardError, 1),
         ("bug", ZeroDivisionError, 1),
     ],
 )
-def test_failures(tmp_path: Path, name: str, error: type[Exception], tries: int) -> None:
+def test_failures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: type[Exception],
+    tries: int,
+) -> None:
+    monkeypatch.setattr(engine, "STORE_PAUSES_S", (0.1, 0.1))
     folder = tmp_path / name
     folder.mkdir()
     with pytest.raises(error, match="failed on") as caught:
         list(LocalEngine(fail, workers=1).run([str(folder)]))
     assert len(list(folder.iterdir())) == tries
     assert "in fail\n" in str(caught.value.__cause__)
+
+
+def test_a_task_that_met_a_store_error_pauses_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "STORE_PAUSES_S", (3.0, 3.0))
+    tasks = [str(tmp_path / name) for name in ("early", "1", "2", "late")]
+    assert list(LocalEngine(need_the_other, workers=1).run(tasks)) == [*tasks[1:], tasks[0]]
 
 
 def test_what_cannot_be_pickled_is_described() -> None:
@@ -264,6 +321,65 @@ def test_an_idle_worker_that_died_is_replaced(tmp_path: Path) -> None:
 
     workers = list(LocalEngine(sign, workers=1, after_death=after_death).run(tasks()))
     assert len(set(workers)) == 2
+
+
+def test_a_busy_worker_that_died_is_not_forgotten(tmp_path: Path) -> None:
+    """A kill between a result and the next start: the task of the dead is still to be settled."""
+    doomed = tmp_path / "doomed"
+
+    def tasks() -> Iterator[str]:
+        yield str(doomed)
+        yield str(tmp_path / "1")
+        wait_for(doomed)
+        idle_or_busy = multiprocessing.active_children()
+        for worker in idle_or_busy:
+            worker.kill()
+        wait_until(lambda: not multiprocessing.active_children())
+        yield str(tmp_path / "2")
+
+    told: list[str] = []
+
+    def after_death(task: str) -> str:
+        told.append(task)
+        return task
+
+    results = LocalEngine(stay_or_return, workers=2, after_death=after_death).run(tasks())
+    assert sorted(results) == [str(tmp_path / name) for name in ("1", "2", "doomed")]
+    assert told == [str(doomed)]
+
+
+def test_the_result_of_a_worker_that_died_then_counts(tmp_path: Path) -> None:
+    doomed = tmp_path / "doomed"
+
+    def tasks() -> Iterator[str]:
+        yield str(doomed)
+        yield str(tmp_path / "1")
+        wait_for(doomed)
+        Path(f"{doomed}.go").touch()
+        wait_until(lambda: len(multiprocessing.active_children()) == 1)
+        yield str(tmp_path / "2")
+
+    results = LocalEngine(die_after_the_result, workers=2).run(tasks())
+    assert sorted(results) == [str(tmp_path / name) for name in ("1", "2", "doomed")]
+    assert doomed.read_text() == "x"
+
+
+def test_a_copy_that_dies_in_the_moment_of_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "STRAGGLER_S", 0.3)
+    go = tmp_path / "slow.go"
+
+    def on_tick(images: int, rejected: int) -> None:
+        if (tmp_path / "slow.copy").exists() and not go.exists():
+            go.touch()
+            wait_until(lambda: len(multiprocessing.active_children()) == 1)
+            time.sleep(0.3)  # for the original's result to arrive as well
+
+    tasks = [str(tmp_path / name) for name in ("slow", "1")]
+    results = LocalEngine(end_with_its_copy, workers=2, on_tick=on_tick).run(tasks)
+    assert sorted(results) == sorted(tasks)
+    assert go.exists()
 
 
 def test_no_worker_is_left_when_the_results_are_given_up(tmp_path: Path) -> None:

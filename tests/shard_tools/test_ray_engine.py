@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import AccessDeniedError, CropstreamError, ShardError, StoreError, UsageError
 from shard_tools import engine, ray_engine
-from shard_tools.engine import STORE_ATTEMPTS, WorkerDiedError, make_engine
+from shard_tools.engine import STORE_PAUSES_S, WorkerDiedError, make_engine
 from shard_tools.local_engine import LocalEngine
 from shard_tools.ray_engine import RayEngine, connect
 from tests.shard_tools.test_engine import (
@@ -102,13 +102,20 @@ def test_a_task_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     ("name", "error", "tries"),
     [
-        ("store", StoreError, STORE_ATTEMPTS),
+        ("store", StoreError, 1 + len(STORE_PAUSES_S)),
         ("access", AccessDeniedError, 1),
         ("shard", ShardError, 1),
         ("bug", ZeroDivisionError, 1),
     ],
 )
-def test_failures(tmp_path: Path, name: str, error: type[Exception], tries: int) -> None:
+def test_failures(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    error: type[Exception],
+    tries: int,
+) -> None:
+    monkeypatch.setattr(engine, "STORE_PAUSES_S", (0.1, 0.1))
     folder = tmp_path / name
     folder.mkdir()
     with pytest.raises(error, match="failed on") as caught:
@@ -156,6 +163,31 @@ def test_the_environment_reaches_a_cluster_and_no_log() -> None:
     logs = [path for path in folder.rglob("*") if path.is_file()]
     assert logs
     assert not [path for path in logs if secret.encode() in path.read_bytes()]
+
+
+def test_a_cluster_without_cpus_is_told_of() -> None:
+    program = (
+        "import ray\n"
+        "from shard_tools import ray_engine\n"
+        "from tests.shard_tools.test_engine import square\n"
+        "ray_engine.os.cpu_count = lambda: 0\n"
+        "ray_engine._NO_CPUS_S = 0.5\n"
+        "ticks = iter(range(5))\n"
+        "def on_tick(images, rejected):\n"
+        "    if next(ticks, None) is None:\n"
+        "        raise SystemExit(7)\n"
+        "alone = ray_engine.RayEngine(square, address=None, workers=None, on_tick=on_tick)\n"
+        "print(list(alone.run([3])))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (7, ""), ended.stderr
+    assert ended.stderr.count("the Ray cluster has no CPU to run tasks on") == 1
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense:port"])

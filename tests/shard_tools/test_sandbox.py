@@ -6,8 +6,10 @@ The filters below stand for a decoder with a bug: the child imports this module 
 import contextlib
 import ctypes
 import io
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,12 +22,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline import decode
 from pipeline.errors import CropstreamError
+from shard_tools import sandbox as sandboxes
 from shard_tools.judge import Accepted, ImageSettings, RejectedError, judge
 from shard_tools.sandbox import DECODER_DIED, DECODER_HUNG, Sandbox
 
 ROOT = Path(__file__).parents[2]
-MARK = "CROPSTREAM_TEST_MARK"  # an environment variable: where `die_from_outside` leaves a trace
+MARK = "TMPDIR"  # an environment variable that the child has too: where filters leave traces
 
 Pixels = NDArray[np.uint8]
 
@@ -69,7 +73,7 @@ def hang_deaf(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
 
 def die_from_outside(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
     """Be killed, but the first time only: as by a kernel short of memory."""
-    mark = Path(os.environ[MARK])
+    mark = Path(os.environ[MARK], "mark")
     if not mark.exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -77,14 +81,57 @@ def die_from_outside(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
 
 
 def die_always(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
-    with Path(os.environ[MARK]).open("a") as file:
+    with Path(os.environ[MARK], "mark").open("a") as file:
         file.write("x")
     os.kill(os.getpid(), signal.SIGKILL)
     return True
 
 
-def devour(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
-    return np.empty(2**30, np.uint8).size > 0
+LOADED: list[Pixels] = []
+
+
+def load_a_model(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
+    """Load a gigabyte for good, when first asked."""
+    if not LOADED:
+        LOADED.append(np.empty(2**30, np.uint8))
+    return True
+
+
+def spoil_the_decoder(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
+    """From the next image on, a decoder that wants a gigabyte more than it should."""
+
+    def greedy(*arguments: Any, **options: Any) -> Pixels:
+        return np.empty(2**30, np.uint8)
+
+    sys.modules["shard_tools.judge"].decode_pixels = greedy  # type: ignore[attr-defined]
+    return True
+
+
+def forge(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
+    """What somebody might do who makes a decoder run code: speak in the child's stead."""
+    if is_fatal(pixels):
+        end = socket.socket(fileno=int(sys.argv[1]))
+        end.sendall(Path(os.environ[MARK], "forged").read_bytes())
+        end.detach()
+    return True
+
+
+def dribble(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
+    """Answer so slowly that no single read takes long."""
+    if is_fatal(pixels):
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        end = socket.socket(fileno=int(sys.argv[1]))
+        with contextlib.suppress(OSError):
+            for byte in sandboxes._HEAD.pack(1000, 0) + b" " * 1000:
+                end.send(bytes([byte]))
+                time.sleep(0.1)
+        os._exit(0)
+    return True
+
+
+def tell_environment(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
+    Path(os.environ[MARK], "environment").write_text(json.dumps(dict(os.environ)))
+    return True
 
 
 def chatter(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
@@ -93,13 +140,13 @@ def chatter(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
 
 
 def tell_process(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
-    Path(os.environ[MARK]).write_text(str(os.getpid()))
+    Path(os.environ[MARK], "child").write_text(str(os.getpid()))
     return hang(pixels, columns)
 
 
-def sandbox_of(function: str, **options: Any) -> Sandbox:
+def sandbox_of(function: str, *, max_pixels: int = 2**20, **options: Any) -> Sandbox:
     name = f"{__name__}:{function}"
-    return Sandbox(ImageSettings(filter=name), name, **options)
+    return Sandbox(ImageSettings(filter=name, max_pixels=max_pixels), name, **options)
 
 
 def outcome(function: Any, data: bytes) -> Accepted | tuple[str, str, dict[str, Any]]:
@@ -133,7 +180,8 @@ def test_a_filter_works_inside_and_may_print(capfd: pytest.CaptureFixture[str]) 
         reason, _, columns = outcome(sandbox.judge, FATAL)  # type: ignore[misc]
     assert reason == f"filtered: {__name__}:chatter"
     assert columns == {"width": 12, "height": 8, "format": "PNG"}
-    assert "a filter may print" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "a filter may print")
 
 
 def test_a_decoder_that_crashes_takes_its_image_only() -> None:
@@ -163,30 +211,145 @@ def test_a_decoder_that_hangs_takes_its_image_only(
 def test_an_image_whose_child_was_killed_from_outside_has_one_more_try(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(MARK, str(tmp_path / "mark"))
+    monkeypatch.setenv(MARK, str(tmp_path))
     with sandbox_of("die_from_outside") as sandbox:
         assert sandbox.judge(GOOD).data == GOOD
     assert (tmp_path / "mark").exists()
 
 
 def test_but_not_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(MARK, str(tmp_path / "mark"))
+    monkeypatch.setenv(MARK, str(tmp_path))
     with sandbox_of("die_always") as sandbox, pytest.raises(RejectedError, match="code -9"):
         sandbox.judge(GOOD)
     assert (tmp_path / "mark").read_text() == "xx"
 
 
-def test_memory_is_limited() -> None:
-    name = f"{__name__}:devour"
-    settings = ImageSettings(filter=name, max_pixels=10**6)
-    with (
-        Sandbox(settings, name, memory_bytes=2**29) as sandbox,
-        pytest.raises(CropstreamError, match="Unable to allocate") as caught,
-    ):
-        sandbox.judge(GOOD)
-    assert not isinstance(caught.value, RejectedError)
-    with Sandbox(settings, name, memory_bytes=2**32) as sandbox:
+def test_a_decoder_s_memory_is_limited() -> None:
+    with sandbox_of("spoil_the_decoder", max_pixels=10**6, memory_bytes=2**29) as sandbox:
         assert sandbox.judge(GOOD).data is GOOD
+        with pytest.raises(RejectedError, match="MemoryError") as caught:
+            sandbox.judge(GOOD)
+        assert caught.value.reason == "undecodable"
+
+
+def test_a_filter_s_memory_is_not() -> None:
+    """Else a filter that works in an ordinary worker would end the job in a careful one."""
+    with sandbox_of("load_a_model", max_pixels=10**6, memory_bytes=2**29) as sandbox:
+        for _ in range(2):
+            assert sandbox.judge(GOOD).data is GOOD
+
+
+HEADER = {"width": 12, "height": 8, "format": "PNG"}
+ENCODED = {**HEADER, "original_width": "24", "original_height": "16"}
+
+
+def message(answer: Any, body: bytes = b"") -> bytes:
+    text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    return sandboxes._HEAD.pack(len(text), len(body)) + text + body
+
+
+FORGED = [
+    message({}),
+    message({"same": True, "extension": "../../x.y", "columns": HEADER}),
+    message({"same": False, "columns": HEADER}, b"bytes that the settings keep"),
+    sandboxes._HEAD.pack(2, 2**60) + b"{}",
+    message(b"[" * 10**5),
+    message(b"\xff"),
+]
+
+
+@pytest.mark.parametrize("forged", FORGED, ids=range(len(FORGED)))
+def test_an_answer_that_is_none_takes_its_image_only(
+    forged: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MARK, str(tmp_path))
+    (tmp_path / "forged").write_bytes(forged)
+    with sandbox_of("forge") as sandbox:
+        with pytest.raises(RejectedError, match="its process answered with ") as caught:
+            sandbox.judge(FATAL)
+        assert (caught.value.reason, caught.value.columns) == (DECODER_DIED, {})
+        assert sandbox.judge(GOOD).data is GOOD
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        ([], b""),
+        (None, b""),
+        ("failed", b""),
+        ({"reason": 1}, b""),
+        ({"reason": 1, "message": "", "columns": {}}, b""),
+        ({"reason": "", "message": "", "columns": {}}, b""),
+        ({"reason": "\ud800", "message": "", "columns": {}}, b""),
+        ({"reason": "bomb\x1b[2J", "message": "", "columns": {}}, b""),
+        ({"reason": "bomb", "message": "", "columns": []}, b""),
+        ({"reason": "bomb", "message": "", "columns": {}, "more": 1}, b""),
+        ({"reason": "bomb", "message": "", "columns": {"source": "x"}}, b""),
+        ({"reason": "bomb", "message": "", "columns": {}}, b"body"),
+        ({"failed": "a filter that there is not"}, b""),
+        ({"same": 1, "columns": HEADER}, b""),
+        ({"same": True, "columns": HEADER}, b"body"),
+        ({"same": False, "columns": HEADER}, b""),
+        ({"same": True, "columns": {"width": 12, "height": 8}}, b""),
+        *(
+            ({"same": True, "columns": {**ENCODED, name: value}}, b"")
+            for name, value in [
+                ("key", "x"),
+                ("offset", 0),
+                ("status", "ok"),
+                ("width", True),
+                ("width", 0),
+                ("width", 12.0),
+                ("height", 2**31),
+                ("format", "../../x.y"),
+                ("format", ["PNG"]),
+                ("phash", -1),
+                ("phash", 2**64),
+                ("original_width", 24),
+                ("original_width", "9" * 99),
+                ("original_height", "\ud800"),
+            ]
+        ),
+    ],
+)
+def test_only_what_judge_could_say_is_believed(answer: Any, body: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        sandboxes._read_answer(answer, body, GOOD, ImageSettings())
+
+
+def test_all_that_judge_could_say_is_believed() -> None:
+    settings = ImageSettings(resize="longest", size_px=12)
+    same = {"same": True, "columns": {**HEADER, "phash": 2**64 - 1}}
+    assert sandboxes._read_answer(same, b"", GOOD, settings) == Accepted(
+        GOOD, "png", same["columns"]
+    )
+    other = {"same": False, "columns": {**ENCODED, "format": "JPEG"}}
+    assert sandboxes._read_answer(other, b"body", GOOD, settings) == Accepted(
+        b"body", "jpg", other["columns"]
+    )
+    assert {image_format for *_, image_format in decode._DECODED} == set(sandboxes._FORMATS)
+
+
+def test_an_answer_that_trickles_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shard_tools.sandbox._GRACE_S", 0.5)
+    with sandbox_of("dribble", time_limit_s=1.0) as sandbox:
+        assert sandbox.judge(GOOD).data is GOOD
+        with pytest.raises(RejectedError, match="within 1 s") as caught:
+            sandbox.judge(FATAL)
+        assert caught.value.reason == DECODER_HUNG
+
+
+def test_the_child_knows_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"AWS_SECRET_ACCESS_KEY": "s", "HF_TOKEN": "s", "GOOGLE_API_KEY": "s"}
+    wanted = {MARK: str(tmp_path), "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "HF_HOME": "/models"}
+    for name, value in {**secrets, **wanted}.items():
+        monkeypatch.setenv(name, value)
+    with sandbox_of("tell_environment") as sandbox:
+        sandbox.judge(GOOD)
+    told = json.loads((tmp_path / "environment").read_text())
+    assert not secrets.keys() & told.keys()
+    assert wanted.items() <= told.items()
+    assert told["PATH"] == os.environ["PATH"]
 
 
 def test_a_filter_that_cannot_be_imported_ends_the_job() -> None:
@@ -228,7 +391,7 @@ def test_the_child_ends_with_a_killed_parent(state: str, tmp_path: Path) -> None
         [sys.executable, "-c", _PARENT, state],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, MARK: str(mark)},
+        env={**os.environ, MARK: str(tmp_path)},
         cwd=ROOT,
     )
     with parent:
