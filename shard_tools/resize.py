@@ -3,8 +3,8 @@
 Three modes besides keeping the size: `longest` and `shortest` bring that side to `size_px` and keep
 the shape, `crop` brings the shorter side to `size_px` and cuts the square in the middle. A JPEG
 comes from its decoder already scaled by eighths (see `pipeline.decode.decode_pixels`) to no less
-than what is wanted; Lanczos does the rest, after a box filter where more than a factor of two is
-left. Only judge.py calls this.
+than what is wanted; an antialiased bicubic filter, two thirds of the time of Lanczos, does the
+rest, after a box filter where more than a factor of two is left. Only judge.py calls this.
 """
 
 import numpy as np
@@ -50,7 +50,7 @@ def resize_pixels(
     margin_y = height * (1 - stored[1] / scaled[1]) / 2
     resized = Image.fromarray(pixels).resize(
         stored,
-        Image.Resampling.LANCZOS,
+        Image.Resampling.BICUBIC,
         box=(margin_x, margin_y, width - margin_x, height - margin_y),
         reducing_gap=_REDUCING_GAP,
     )
