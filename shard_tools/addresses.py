@@ -26,6 +26,7 @@ MAX_NAMES = 20_000  # of about 1 kB each
 
 _REFUSED_V4 = [
     ip_network("192.0.0.0/24"),  # protocol assignments; one cloud's metadata service among them
+    ip_network("192.88.99.0/24"),  # 6to4 relays, once: whoever is near may answer
     ip_network("168.63.129.16/32"),  # a cloud's host, seen from its machines
 ]
 _UNICAST_V6 = ip_network("2000::/3")  # all that was ever given out

@@ -12,9 +12,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pipeline.decode import MAX_BYTES
-from pipeline.errors import SampleError, UsageError
+from pipeline.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    SampleError,
+    UsageError,
+)
 from pipeline.shards import IndexRows, ShardHash, crc32c
 from pipeline.store import SourceFile, open_store, resolve
+from shard_tools.blame import reject_of
 from shard_tools.judge import Accepted, RejectedError
 from shard_tools.tars import TarInput, is_gzipped, read_tar_file
 
@@ -25,12 +32,14 @@ class AdoptedShard(NamedTuple):
     """What a snapshot and an index say of an adopted shard.
 
     `rows` have the columns of `shard_tools.tars.COLUMNS` as extra ones; `tar_hash` is as
-    `pipeline.shards` describes it.
+    `pipeline.shards` describes it. Of a tar that is gone, or another one by now, there is one row,
+    a reject, and `is_readable` is False.
     """
 
     rows: IndexRows
     tar_hash: bytes
     tar_tag: str | None  # for the snapshot: an ETag, which a file does not have
+    is_readable: bool = True
 
 
 def index_tar(
@@ -49,19 +58,29 @@ def index_tar(
         rejected. max_bytes: of one image; larger ones are passed over.
 
     Raises UsageError for a gzipped tar, or one that lies where the loader cannot read it;
-    ObjectChangedError if it is not, or no longer, the one that was listed; StoreError.
+    StoreError if a store fails, see shard_tools.blame.
     """
     tag = _readable_tag(file)
     rows = IndexRows()
     folded = ShardHash()
-    for number, item in enumerate(read_tar_file(file, max_bytes=max_bytes)):
-        row = _describe(item, judge)
-        row |= {"key": keys(number), "source": f"{file.url}#{item.name}", **item.columns}
-        if row["status"] == "ok":
-            folded.add(item.header, row["sha256"])
-        rows.append(row)
-        on_image(row["status"] != "ok")
+    try:
+        for number, item in enumerate(read_tar_file(file, max_bytes=max_bytes)):
+            row = _describe(item, judge)
+            row |= {"key": keys(number), "source": f"{file.url}#{item.name}", **item.columns}
+            if row["status"] == "ok":
+                folded.add(item.header, row["sha256"])
+            rows.append(row)
+            on_image(row["status"] != "ok")
+    except (ObjectMissingError, ObjectChangedError, AccessDeniedError) as error:
+        return _unreadable(file, keys(0), reject_of(file.url, error))
     return AdoptedShard(rows, folded.digest(), tag)
+
+
+def _unreadable(file: SourceFile, key: str, problem: SampleError) -> AdoptedShard:
+    """One reject for all, also for what was read before a change: its places are no more."""
+    rows = IndexRows()
+    rows.append({"key": key, "source": file.url, "status": "rejected", "reason": problem.reason})
+    return AdoptedShard(rows, ShardHash().digest(), None, is_readable=False)
 
 
 def _readable_tag(file: SourceFile) -> str | None:
@@ -72,7 +91,10 @@ def _readable_tag(file: SourceFile) -> str | None:
             "place: pack it, or unpack the file first"
         )
     store, key = resolve(open_store("/"), file.url)
-    info = store.head(key)
+    try:
+        info = store.head(key)
+    except AccessDeniedError:  # it shows again when the tar is read
+        return None
     return info.tag if info is not None else None
 
 

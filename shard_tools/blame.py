@@ -7,8 +7,8 @@ is at fault if the same store hands out another one at that moment, from the sam
 the same folder. Where there is no other in either, it is enough that the folder can be listed.
 """
 
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Iterable
+from itertools import islice
 
 from pipeline.errors import (
     AccessDeniedError,
@@ -56,24 +56,22 @@ def _reason(error: StoreError) -> str:
 
 def _is_alone(url: str, others: Iterable[str]) -> bool:
     """Whether the store answers otherwise."""
-    candidates = islice((other for other in others if other != url), _TRIED_OTHERS)
+    tried = list(islice((other for other in others if other != url), _TRIED_OTHERS))
+    if any(map(_answers, tried)):
+        return True
     try:
         siblings = _siblings(url)
-        first = next(siblings, None)
     except CropstreamError:
-        return any(map(_answers, candidates))
-    if first is None:
-        tried = list(candidates)
-        return not tried or any(map(_answers, tried))
-    return any(map(_answers, chain(candidates, [first], siblings)))
+        return False
+    return any(map(_answers, siblings)) or not (tried or siblings)
 
 
-def _siblings(url: str) -> Iterator[str]:
+def _siblings(url: str) -> list[str]:
     """Some other files of its folder."""
     link, chained, rest = url.partition("::")
     folder = f"{link.rpartition('/')[0]}/{chained}{rest}"
     files = (file.url for file in list_files(folder) if file.url != url)
-    return islice(files, _TRIED_OTHERS)
+    return list(islice(files, _TRIED_OTHERS))
 
 
 def _answers(url: str) -> bool:

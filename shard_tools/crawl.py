@@ -9,10 +9,16 @@ run out of its time through no fault of the server.)
 A request that fails for a reason that may pass is repeated, from the URL of the list on: after a
 pause that doubles each time, of which a random part is waited ("full jitter": Brooker, Exponential
 Backoff And Jitter, 2015), or after as long as the server asks for, and then its whole host is left
-alone that long.
+alone that long. A host that asks for more than RETRY_AFTER_S is not asked again at all: every other
+URL there fails for the same reason.
+
+What may start is looked for whenever that may have changed: a request ended, a pause is over, a
+host opens, URLs were added, room was made, the caller began to wait. Should that ever fail, the
+caller has it looked for again every RECHECK_S.
 """
 
 import asyncio
+import contextlib
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -31,6 +37,7 @@ from shard_tools.urls import redact
 
 READ_AHEAD_BYTES = 128 * 2**20
 RETRY_AFTER_S = 60.0  # the longest that is waited
+RECHECK_S = 10.0
 
 _START_BYTES = READ_AHEAD_BYTES * 3 // 4
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 1.0, 20.0
@@ -90,23 +97,23 @@ class Crawl:
         self._held_bytes = 0  # counted up by the loop
         self._taken_bytes = 0  # of these, counted up by the caller
         self._is_full = False
+        self._refusals: dict[str, str] = {}  # by host that is not asked again: the reason
         self._awaited: Download | None = None  # the caller waits for it
         self._ready = threading.Event()  # it is there
-        self._bug: Exception | None = None  # of this module's own
+        self._failure: BaseException | None = None  # nothing more will come
 
     # The caller's side.
 
     def call(self, function: Callable[..., None], *arguments: object) -> None:
-        """Have a method called in the loop."""
-        self._loop.call_soon_threadsafe(self._guard, function, *arguments)
+        """Have a method called in the loop. Once the loop has ended, nothing is done."""
+        with contextlib.suppress(RuntimeError):  # all it ever means is that the loop is closed
+            self._loop.call_soon_threadsafe(self._guard, function, *arguments)
 
     def take(self, download: Download) -> bytes | SampleError:
-        """Wait for a download's outcome and take it out."""
+        """Wait for a download's outcome and take it out. Raises what made the loop end early."""
         if download.outcome is None:
-            self._ready.clear()
-            self.call(self._expect, download)
-            self._ready.wait()
-        outcome = self._bug if download.outcome is None else download.outcome
+            self._wait_for(download)
+        outcome = self._failure if download.outcome is None else download.outcome
         if isinstance(outcome, bytes):
             self._taken_bytes += download.held_bytes
             if self._is_full and self._read_ahead_bytes < _START_BYTES * 3 // 4:
@@ -118,14 +125,29 @@ class Crawl:
         assert outcome is not None
         raise outcome
 
+    def _wait_for(self, download: Download) -> None:
+        self._ready.clear()
+        self.call(self._expect, download)
+        # A failure from before `clear` is seen here; a later one sets the event again.
+        while self._failure is None and not self._ready.wait(RECHECK_S):
+            self.call(self._start_waiting)
+
+    def fail(self, error: BaseException) -> None:
+        """Give the caller an error for all that has no outcome yet, now and from now on."""
+        self._failure = error
+        self._ready.set()
+
     # The loop's side.
 
     async def run_until_stopped(self) -> None:
         """Run until `stop`, then end what still runs."""
-        await self._stopped.wait()
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+        try:
+            await self._stopped.wait()
+        finally:
+            self.stop()  # also if this was cancelled, so that nothing new is started
+            for task in self._running:
+                task.cancel()
+            await asyncio.gather(*self._running, return_exceptions=True)
 
     def stop(self) -> None:
         """End everything."""
@@ -160,21 +182,24 @@ class Crawl:
         try:
             function(*arguments)
         except Exception as error:  # noqa: BLE001 - a bug; the caller would wait for ever
-            self._bug = error
-            self._ready.set()
+            self.fail(error)
 
     def _expect(self, download: Download) -> None:
         self._awaited = download
-        if download.outcome is not None or self._bug is not None:
+        if download.outcome is not None:
             self._ready.set()
         else:
             self._start_waiting()
 
     def _enqueue(self, download: Download) -> None:
-        if download.outcome is None:  # else it was dropped meanwhile
-            assert download.target is not None
-            now = self._loop.time()
-            self._queue.push(download.target.host, download.number, download, now)
+        if download.outcome is not None:  # dropped meanwhile
+            return
+        assert download.target is not None
+        host = download.target.host
+        if host in self._refusals:
+            self._refuse(download, host)
+        else:
+            self._queue.push(host, download.number, download, self._loop.time())
 
     def _start_waiting(self) -> None:
         """Start what may start."""
@@ -188,6 +213,7 @@ class Crawl:
             room_bytes = _START_BYTES - self._read_ahead_bytes
             if expected_bytes > room_bytes and download is not self._awaited:
                 self._is_full = True
+                self._set_alarm()  # for the awaited one, whose host may be closed
                 return
             host, _ = self._queue.start(now)
             self._hold(download, expected_bytes)
@@ -229,10 +255,13 @@ class Crawl:
     def _finish(self, download: Download, host: str, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
         self._queue.finish(host, self._loop.time())
-        if task.cancelled():
-            self._release(download)
-        elif error := task.exception():  # a bug, for the caller to see
+        if self._stopped.is_set():
+            return  # what ended the loop is told by `fail`
+        if task.cancelled():  # after `drop` nobody sees this error
+            error = RuntimeError(f"{redact(download.url)}: the request was cancelled")
             self._settle(download, error)
+        elif bug := task.exception():  # for the caller to see
+            self._settle(download, bug)
         self._start_waiting()
 
     def _follow(self, download: Download, target: Target) -> None:
@@ -251,7 +280,9 @@ class Crawl:
         download.attempts += 1
         wait_s = error.retry_after_s
         too_long = wait_s is not None and wait_s > RETRY_AFTER_S
-        if wait_s is not None and not too_long:
+        if too_long:
+            self._give_up(host, error.sample_error.reason)
+        elif wait_s is not None:
             self._queue.close_until(host, self._loop.time() + wait_s)
         if too_long or download.attempts > self._retries:
             self._settle(download, error.sample_error)
@@ -264,6 +295,16 @@ class Crawl:
         longest_s = min(_FIRST_PAUSE_S * 2 ** (download.attempts - 1), _LAST_PAUSE_S)
         wait_s = random.uniform(0, longest_s)
         self._loop.call_later(wait_s, self._guard, self._again, download)
+
+    def _give_up(self, host: str, reason: str) -> None:
+        """Ask a host no more."""
+        self._refusals[host] = reason
+        for download in self._queue.remove(host):
+            self._refuse(download, host)
+
+    def _refuse(self, download: Download, host: str) -> None:
+        what = f"{redact(download.url)}: not asked, since {host} wants to be left alone for long"
+        self._settle(download, SampleError(self._refusals[host], what))
 
     def _again(self, download: Download) -> None:
         self._enqueue(download)

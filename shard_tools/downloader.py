@@ -7,6 +7,13 @@ takes URLs from the input and bodies from the loop. Three bounds hold, whatever 
   that is slow or has to be left alone for a while.
 - `concurrency` requests run at once, `per_host` of them at a host (see hosts.py).
 - READ_AHEAD_BYTES of bodies are held, whole or in parts (see crawl.py).
+
+How long one URL is waited for is bounded too, once it is the next to be handed over: it is asked
+for retries + 1 times at most, each time through max_redirects hops more. Before each request it may
+have to let others that already run end (timeout_s), and its host be closed after that
+(RETRY_AFTER_S, or delay_s if that is longer, or 20 s of pause at most); then it takes timeout_s at
+most. So with R = retries + 1 and H = max_redirects + 1 it is R * H * (2 * timeout_s + max(60 s,
+delay_s)): 36 minutes with the default settings, of which a URL that is not redirected can use 6.
 """
 
 import asyncio
@@ -40,6 +47,7 @@ class Downloader:
         self._max_bytes = max_bytes
         self._numbers = 0
         self._crawl: Crawl | None = None
+        self._failure: BaseException | None = None  # the thread's
 
     def __enter__(self) -> Self:
         started: Future[Crawl] = Future()
@@ -58,12 +66,14 @@ class Downloader:
         self._crawl.call(self._crawl.stop)
         self._crawl = None
         self._thread.join()
+        if self._failure and error is None:
+            raise self._failure
 
     def fetch(self, urls: Iterable[str]) -> Iterator[bytes | SampleError]:
         """The body at each URL, or why there is none, in the order of the input.
 
         URLs are taken as they are needed, by the calling thread. One fetch at a time. Errors of
-        single images are results, not raised.
+        single images are results, not raised; raised is what ends the downloader's thread early.
         """
         source = iter(urls)
         taken: deque[Download] = deque()
@@ -92,11 +102,12 @@ class Downloader:
     def _run(self, started: "Future[Crawl]") -> None:
         try:
             asyncio.run(self._serve(started))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the caller's thread raises it
             if not started.done():
                 started.set_exception(error)
                 return
-            raise
+            self._failure = error
+        started.result().fail(self._failure or RuntimeError("the downloader has been left"))
 
     async def _serve(self, started: "Future[Crawl]") -> None:
         settings = self._settings

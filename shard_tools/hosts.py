@@ -81,6 +81,13 @@ class HostQueue(Generic[T]):
         """Start nothing more at a host, of which something runs, before a time."""
         self._close(self._hosts[name], until)
 
+    def remove(self, name: str) -> list[T]:
+        """Take out all that waits at a host, of which something runs."""
+        waiting = self._hosts[name].waiting
+        items = [item for _, item in sorted(waiting)]
+        waiting.clear()
+        return items
+
     def has_waiting(self, name: str) -> bool:
         """Whether more of a host, of which something runs, is to come."""
         return bool(self._hosts[name].waiting)

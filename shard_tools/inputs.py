@@ -33,6 +33,7 @@ UNPLANNED_BYTES = 8 * 2**20  # that a file of unknown size counts for in what is
 NEAR_S = 1e-3  # that it takes at most to open a file that is near
 
 _LOCAL = "file://"
+_SAMPLED_FILES = 8
 # None: a local file, which the kernel has been told to read.
 _Fetched = bytes | SampleError | StoreError | None
 
@@ -126,7 +127,11 @@ class _Group:
 def _arrivals(group: _Group, unit: "_Unit") -> Iterator[Arrival]:
     for file, fetched in zip(group.files, group.fetched.result(), strict=True):
         data = _bytes_or_error(file, unit.max_bytes) if fetched is None else fetched
-        yield Arrival(file.row, described(file), unit.settle(file, data))
+        if isinstance(data, bytes):
+            unit.last_read = file
+        else:
+            data = unit.settle(file, data)
+        yield Arrival(file.row, described(file), data)
 
 
 class _Unit:
@@ -135,24 +140,20 @@ class _Unit:
     def __init__(self, files: Sequence[PlannedInput], max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self._files = files
-        self._read: list[str] = []  # the last one that could be
+        self.last_read: PlannedInput | None = None
 
-    def settle(
-        self, file: PlannedInput, data: bytes | SampleError | StoreError
-    ) -> bytes | SampleError:
+    def settle(self, file: PlannedInput, problem: SampleError | StoreError) -> bytes | SampleError:
         """What becomes of a file. Raises StoreError if it is the store that fails."""
-        if isinstance(data, bytes):
-            self._read = [file.source]
-            return data
-        if isinstance(data, SampleError):
-            return data
-        reject = reject_of(file.source, data, self._others())
+        if isinstance(problem, SampleError):
+            return problem
+        reject = reject_of(file.source, problem, self._others())
         again = _bytes_or_error(file, self.max_bytes)  # the store may have been away for a moment
         return reject if isinstance(again, StoreError) else again
 
     def _others(self) -> list[str]:
-        step = max(len(self._files) // 8, 1)
-        return [*self._read, *(other.source for other in self._files[::step])]
+        step = max(len(self._files) // _SAMPLED_FILES, 1)
+        last = [] if self.last_read is None else [self.last_read]
+        return [other.source for other in (*last, *self._files[::step])]
 
 
 class _Fetchers(ThreadPoolExecutor):
@@ -263,27 +264,30 @@ def _read_on(descriptor: int, data: bytes, length_bytes: int) -> bytes:
 def _read_remote(file: PlannedInput, max_bytes: int) -> bytes:
     size_bytes, tag = file.size_bytes, file.tag
     if size_bytes is None:  # another try, or a store that did not tell
-        size_bytes, tag = _look_up(file, max_bytes)
+        size_bytes, tag = _size_now(file, max_bytes), None
+    at_most = max_bytes if size_bytes is None else size_bytes
     try:
-        data = read_file(file.source, size_bytes=size_bytes, tag=tag)
-        if size_bytes != len(data):  # some clients pass a cut body as success
-            data = read_file(file.source, size_bytes=size_bytes, tag=tag)
+        data = read_file(file.source, size_bytes=at_most, tag=tag)
+        if size_bytes not in (None, len(data)):  # some clients pass a cut body as success
+            data = read_file(file.source, size_bytes=at_most, tag=tag)
     except ObjectChangedError as error:
-        raise SampleError(CHANGED, str(error)) from None
+        raise SampleError(TOO_LARGE if size_bytes is None else CHANGED, str(error)) from None
     return data
 
 
-def _look_up(file: PlannedInput, max_bytes: int) -> tuple[int, str | None]:
-    """A file's size, or the largest allowed where nobody knows, and its tag.
+def _size_now(file: PlannedInput, max_bytes: int) -> int | None:
+    """A file's size, None where nobody knows.
 
-    Raises SampleError if it is too large, ObjectMissingError.
+    Raises SampleError if it is too large or not what was planned; ObjectMissingError.
     """
     now = find_file(file.source)
     if now is None:
         raise ObjectMissingError(f"{file.source}: there is nothing")
+    if file.tag is not None and file.tag != now.tag:
+        raise SampleError(CHANGED, f"{file.source} has tag {now.tag}, planned was {file.tag}")
     if now.size_bytes is not None and now.size_bytes > max_bytes:
         raise _too_large(now.size_bytes, max_bytes)
-    return max_bytes if now.size_bytes is None else now.size_bytes, file.tag or now.tag
+    return now.size_bytes
 
 
 # ----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Lists of image URLs: Parquet, CSV, TSV, JSON lines or plain text, gzipped or not.
 
 A list is read in its own order and streamed, a batch at a time. One column holds the URL, `label`
-becomes the label, every other column is carried into the index as text. What is stored of a URL is
-its redacted form (see shard_tools.urls); where that lost something that is needed to fetch the
-image, such as a signature, the list itself is read again when the image is fetched.
+becomes the label, every other column is carried into the index as text, URLs in it redacted. What
+is stored of the URL is its redacted form too (see shard_tools.urls); where that lost something that
+is needed to fetch the image, such as a signature, the list is read again when the image is fetched.
+One malformed row among many is an input like any other, to be rejected; it does not end the job.
 """
 
 import contextlib

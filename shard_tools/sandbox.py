@@ -256,7 +256,7 @@ class _Channel:
         self._deadline_s: float | None = None
 
     def set_deadline(self, limit_s: float) -> None:
-        """Until then, from now, all that follows must be done."""
+        """Give all that follows that long, counted from now."""
         self._deadline_s = time.monotonic() + limit_s
 
     def close(self) -> None:
@@ -323,11 +323,8 @@ _COLUMNS: Mapping[str, Callable[[Any], bool]] = {
 def _max_body_bytes(settings: ImageSettings) -> int:
     """What judge may return instead of an image's own bytes."""
     plain = ImageSettings()
-    encodes = (settings.resize, settings.encode, settings.orientation) != (
-        plain.resize,
-        plain.encode,
-        plain.orientation,
-    )
+    names = ("resize", "encode", "orientation")
+    encodes = any(getattr(settings, name) != getattr(plain, name) for name in names)
     return settings.max_bytes if encodes else 0
 
 

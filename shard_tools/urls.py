@@ -17,11 +17,15 @@ from collections.abc import Iterable
 from functools import lru_cache
 from urllib.parse import unquote
 
-_SECRET_PREFIXES = ("x-amz-", "x-goog-", "x-oss-", "x-cos-", "x-bce-", "x-obs-", "x-tos-")
-_SECRET_PREFIXES += ("q-sign-", "q-key-")
-_SECRET_ENDINGS = ("token", "signature", "secret", "password", "apikey", "accesskey", "accesskeyid")
-_SECRET_ENDINGS += ("secretkey", "authkey", "sessionid")
+_SECRET_PREFIXES = (
+    *("x-amz-", "x-goog-", "x-oss-", "x-cos-", "x-bce-", "x-obs-", "x-tos-"),
+    *("q-sign-", "q-key-"),
+)
 # Without any - and _ in them.
+_SECRET_ENDINGS = (
+    *("token", "signature", "secret", "password", "apikey", "accesskey", "accesskeyid"),
+    *("secretkey", "authkey", "sessionid"),
+)
 _SECRETS = frozenset(
     {"sig", "sign", "ssig", "hmac", "hdnea", "hdnts", "hdntl", "qak", "googleaccessid"}
     | {"keypairid", "jwt", "auth", "authorization", "passwd", "pwd", "session", "phpsessid"}
@@ -42,7 +46,7 @@ _AUTHORITY = re.compile(r"([^/?#@]*//)([^/?#]*)(.*)", re.DOTALL)
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:\d*)?")
 # What stands before an authority in a URL, even a bad one; a drive's letter is no scheme.
 _BEFORE_LOGIN = re.compile(r"[^/?#@]*//+|\s*[a-z][a-z0-9+.\-]+:[/\\]+|\s*https?:", re.IGNORECASE)
-_BARE_LOGIN = re.compile(r"\s*[^/?#@:\s\\]+:[^/?#@\s\\]*@")
+_BARE_LOGIN = re.compile(r"\s*[^/?#@:\s\\]+:[^/?#\s\\]*@")
 _RELATIVE_LOGIN = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]+:)?//[^/?#]*@", re.IGNORECASE)
 _WEB_URL = re.compile(r"https?:[/\\]", re.IGNORECASE)
 _SEPARATOR = re.compile(r"(&amp;|[&;?#])", re.IGNORECASE)
@@ -64,7 +68,8 @@ def redact(url: str) -> str:
     Elsewhere than in HTTP a # is part of a name, and in file: URLs all is. Never raises: what is no
     URL passes as far as it has no such parts.
     """
-    if not ("?" in url or "%" in url or "@" in url or "#" in url or ";" in url or "&" in url):
+    is_bare = not ("?" in url or "@" in url or "#" in url or ";" in url or "&" in url)
+    if is_bare and ("%" not in url or not _ESCAPED_MARK.search(url)):
         return url
     if url.startswith("file:"):
         return url
@@ -156,8 +161,8 @@ def _without_secrets(query: str, depth: int) -> str:
     kept: list[str] = []
     was_cut = False
     for name, piece, separator in zip(names, pieces[::2], ["", *pieces[1::2]], strict=True):
-        # A secret may hold a ; or ? itself: what names nothing still belongs to it.
-        goes_on = was_cut and separator in (";", "?") and "=" not in piece.rstrip("=")
+        # A secret may hold a ; ? or # itself: what names nothing still belongs to it.
+        goes_on = was_cut and separator in (";", "?", "#") and "=" not in piece.rstrip("=")
         was_cut = name in secrets or goes_on
         if not was_cut:
             kept += [separator, _redact_pair(piece, depth)]

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.errors import ObjectChangedError, UsageError
+from pipeline.errors import UsageError
 from pipeline.fetch import RawSample, SampleReader
 from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot, commit_snapshot, read_snapshot
 from pipeline.shards import encode_index, encode_index_table, sample_key
@@ -196,8 +196,20 @@ def test_a_tar_that_changes_while_it_is_read(
     def change(_: bool) -> None:
         store_tar(store, make_tar(members[3:]))
 
-    with pytest.raises(ObjectChangedError, match=r"x\.tar"):
-        index_tar(file, keys=KEYS, judge=JUDGE, on_image=change)
+    shard = index_tar(file, keys=KEYS, judge=JUDGE, on_image=change)
+    [row] = shard.rows.table().to_pylist()
+    assert (row["key"], row["source"], row["status"]) == (KEYS(0), file.url, "rejected")
+    assert (row["reason"], shard.is_readable) == ("changed", False)
+
+
+def test_a_tar_that_is_gone(dataset: str, members: list[tuple[str, bytes]]) -> None:
+    store = open_store(dataset)
+    file = store_tar(store, make_tar(members))
+    store_tar(store, make_tar(members), "y.tar")
+    store.delete("x.tar")
+    shard = index_tar(file, keys=KEYS, judge=JUDGE)
+    assert [row["reason"] for row in shard.rows.table().to_pylist()] == ["missing"]
+    assert not shard.is_readable
 
 
 def test_nothing_is_encoded_again(tmp_path: Path, members: list[tuple[str, bytes]]) -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pipeline.errors import SampleError, UsageError
 from shard_tools import addresses, crawl, request
 from shard_tools.addresses import ForbiddenAddressError, Resolver, is_public
+from shard_tools.crawl import Crawl
 from shard_tools.download import DownloadSettings
 from shard_tools.downloader import Downloader
 from shard_tools.hosts import HostQueue
@@ -46,6 +47,22 @@ def fetch_pages(pages: Pages, how: DownloadSettings = OPEN) -> tuple[list[Outcom
     """Every page once, in their order."""
     with HttpServer(pages) as server:
         return fetch([server.url(path) for path in pages], how), server
+
+
+def fetch_soon(urls: Sequence[str], how: DownloadSettings) -> list[Outcome]:
+    """A fetch that fails should it hang."""
+    with Downloader(how, max_bytes=MAX_BYTES) as downloader:
+        watch = threading.Timer(30, loop_of(downloader).fail, [TimeoutError("it hangs")])
+        watch.start()
+        try:
+            return list(downloader.fetch(urls))
+        finally:
+            watch.cancel()
+
+
+def loop_of(downloader: Downloader) -> Crawl:
+    assert downloader._crawl is not None
+    return downloader._crawl
 
 
 def reason(outcome: Outcome) -> str:
@@ -365,6 +382,23 @@ def test_who_says_to_come_back_much_later_is_not_asked_again() -> None:
     assert len(server.requests) == 1
 
 
+def test_a_host_that_says_so_is_not_asked_for_anything_else() -> None:
+    busy = Page(status=503, headers=[("Retry-After", "3600")])
+    with HttpServer({"/busy": busy}, hosts=("127.0.0.1", "127.0.0.2")) as server:
+        hop = Page(status=302, headers=[("Location", server.url("/1"))], wait_s=0.2)
+        server.add("/hop", hop)
+        server.add("/good", Page(b"x"))
+        urls = [server.url(path) for path in ("/busy", "/1", "/2", "/3")]
+        urls += [server.url("/hop", "127.0.0.2"), server.url("/good", "127.0.0.2")]
+        with Downloader(settings(per_host=1), max_bytes=9) as downloader:
+            *refused, good = downloader.fetch(urls)
+            assert [reason(outcome) for outcome in refused] == ["http 503"] * 5
+            assert good == b"x"
+            assert [reason(outcome) for outcome in downloader.fetch(urls[:3])] == ["http 503"] * 3
+        assert sorted(server.paths()) == ["/busy", "/good", "/hop"]
+    assert "127.0.0.1 wants to be left alone" in str(refused[-1])
+
+
 @pytest.mark.parametrize("text", ["soon", "-1", "", "1e9", "9" * 400, "Mon, 99 Foo 2020"])
 def test_a_senseless_retry_after_is_passed_over(text: str) -> None:
     busy = Page(status=503, headers=[("Retry-After", text)])
@@ -516,6 +550,7 @@ PUBLIC = [
 NOT_PUBLIC = [
     *("10.0.0.1", "172.16.0.1", "192.168.1.1", "100.64.0.1", "100.100.100.200", "169.254.169.254"),
     *("0.0.0.0", "0.1.2.3", "127.0.0.1", "192.0.0.192", "192.0.2.1", "198.18.0.1", "198.51.100.1"),
+    *("192.88.99.1", "192.88.99.255", "2002:c058:6301::", "::ffff:192.88.99.1"),
     *("203.0.113.1", "224.0.0.1", "239.1.2.3", "240.0.0.1", "255.255.255.255", "168.63.129.16"),
     *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "fec0::1", "ff02::1"),
     *(
@@ -619,6 +654,39 @@ def test_what_is_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert running._read_ahead_bytes == 0
 
 
+@pytest.fixture
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For five bodies of 400 kB, and nothing is looked for without a reason."""
+    monkeypatch.setattr(crawl, "READ_AHEAD_BYTES", 2_000_000)
+    monkeypatch.setattr(crawl, "_START_BYTES", 1_500_000)
+    monkeypatch.setattr(crawl, "RECHECK_S", 1e6)
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_closed_host_opens_again_though_there_is_no_room_for_others() -> None:
+    body = b"x" * 400_000
+    busy = [Page(status=429, headers=[("Retry-After", "1")], wait_s=0.5), Page(b"y")]
+    pages = {"/": body, "/busy": busy}
+    with HttpServer(pages, hosts=("127.0.0.1", "127.0.0.2")) as server:
+        urls = [server.url("/busy", "127.0.0.2"), *[server.url("/")] * 30]
+        assert fetch_soon(urls, OPEN) == [b"y", *[body] * 30]
+
+
+@pytest.mark.usefixtures("little_room")
+def test_hosts_that_are_asked_slowly_open_again_though_there_is_no_room() -> None:
+    body = b"x" * 400_000
+    with HttpServer({"/": body}, hosts=("127.0.0.1", "127.0.0.2")) as server:
+        urls = [server.url("/", f"127.0.0.{1 + i // 20}") for i in range(40)]
+        assert fetch_soon(urls, settings(delay_s=0.04)) == [body] * 40
+
+
+def test_a_missed_chance_to_start_is_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Crawl, "_set_alarm", lambda _: None)
+    monkeypatch.setattr(crawl, "RECHECK_S", 0.05)
+    with HttpServer({"/": b"x"}) as server:
+        assert fetch_soon([server.url("/")] * 5, settings(delay_s=0.02)) == [b"x"] * 5
+
+
 def test_a_fetch_that_is_not_read_to_its_end_leaves_nothing(
     recwarn: pytest.WarningsRecorder,
 ) -> None:
@@ -660,6 +728,57 @@ def test_a_bug_in_the_loop_reaches_the_caller() -> None:
         pytest.raises(AttributeError, match="strip"),
     ):
         list(downloader.fetch([None]))  # type: ignore[list-item]
+
+
+def end_the_loop() -> None:
+    raise SystemExit("the loop is dead")
+
+
+def fetch_from_the_dying(url: str, dies_after_s: float) -> None:
+    with Downloader(OPEN, max_bytes=9) as downloader:
+        loop = loop_of(downloader)._loop
+        threading.Timer(dies_after_s, loop.call_soon_threadsafe, [end_the_loop]).start()
+        if not dies_after_s:
+            downloader._thread.join()
+        for _ in range(2):
+            with pytest.raises(SystemExit, match="the loop is dead"):
+                list(downloader.fetch([url] * 20))
+
+
+@pytest.mark.parametrize("dies_after_s", [0.0, 0.3])
+def test_the_death_of_the_loop_reaches_the_caller(dies_after_s: float) -> None:
+    before = threading.active_count()
+    with (
+        HttpServer({"/": Page(b"x", wait_s=60)}) as server,
+        pytest.raises(SystemExit, match="the loop is dead"),  # at the end again
+    ):
+        fetch_from_the_dying(server.url("/"), dies_after_s)
+    assert threads_fall_to(before)
+
+
+def test_who_reads_on_after_the_end_is_told() -> None:
+    with HttpServer({"/": b"x", "/slow": Page(wait_s=60)}) as server:
+        with Downloader(OPEN, max_bytes=9) as downloader:
+            outcomes = downloader.fetch([server.url("/"), server.url("/slow"), server.url("/slow")])
+            assert next(outcomes) == b"x"
+        with pytest.raises(RuntimeError, match="has been left"):
+            next(outcomes)
+
+
+def test_a_request_that_was_cancelled_does_not_get_lost() -> None:
+    with (
+        HttpServer({"/": Page(wait_s=60)}) as server,
+        Downloader(OPEN, max_bytes=9) as downloader,
+    ):
+        running = loop_of(downloader)
+
+        def cancel() -> None:
+            for task in running._running:
+                task.cancel()
+
+        threading.Timer(0.3, running.call, [cancel]).start()
+        with pytest.raises(RuntimeError, match="/: the request was cancelled"):
+            list(downloader.fetch([server.url("/")]))
 
 
 @pytest.mark.parametrize(
@@ -731,3 +850,15 @@ def test_a_closed_host_waits_while_others_go_on() -> None:
     queue.push("a", 0, "a0 again", 9.0)
     queue.finish("a", 9.0)
     assert queue.first(10.0) == "a0 again"
+
+
+def test_what_waits_at_a_host_can_be_taken_out() -> None:
+    queue: HostQueue[int] = HostQueue(per_host=1)
+    for number, host in enumerate("aabaa"):
+        queue.push(host, number, number, 0.0)
+    assert queue.first(0.0) == 0
+    queue.start(0.0)
+    assert queue.remove("a") == [1, 3, 4]
+    queue.finish("a", 0.0)
+    assert queue.first(0.0) == 2
+    assert len(queue) == 1

@@ -100,13 +100,20 @@ def wait_for(path: Path) -> None:
 
 
 def die_after_the_result(marker: str) -> str:
-    """Where the name says so, be killed while the result is on its way; see the test."""
+    """Where the name says so, be killed as soon as the result is sent; see the test."""
     with Path(marker).open("a") as file:
         file.write("x")
     if Path(marker).name == "doomed":
         wait_for(Path(f"{marker}.go"))
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        threading.Thread(target=die_when_idle, args=[threading.get_ident()]).start()
     return marker
+
+
+def die_when_idle(worker: int) -> None:
+    """Be killed when that thread has nothing to do but to receive the next task."""
+    while sys._current_frames()[worker].f_code.co_name != "_recv":
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def stay_or_return(marker: str) -> str:
@@ -281,7 +288,7 @@ def test_failures(
 def test_a_task_that_met_a_store_error_pauses_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "STORE_PAUSES_S", (3.0, 3.0))
+    monkeypatch.setattr(engine, "STORE_PAUSES_S", (2.0, 2.0))
     tasks = [str(tmp_path / name) for name in ("early", "1", "2", "late")]
     assert list(LocalEngine(need_the_other, workers=1).run(tasks)) == [*tasks[1:], tasks[0]]
 
@@ -331,8 +338,7 @@ def test_a_busy_worker_that_died_is_not_forgotten(tmp_path: Path) -> None:
         yield str(doomed)
         yield str(tmp_path / "1")
         wait_for(doomed)
-        idle_or_busy = multiprocessing.active_children()
-        for worker in idle_or_busy:
+        for worker in multiprocessing.active_children():  # one busy, one idle
             worker.kill()
         wait_until(lambda: not multiprocessing.active_children())
         yield str(tmp_path / "2")

@@ -18,8 +18,9 @@ from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.shards import read_index
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
-from shard_tools.plan import plan_inputs, read_unit
+from shard_tools.plan import PackSettings, make_plan, plan_inputs, read_unit
 from shard_tools.retry import plan_retry
+from shard_tools.sources import Kind
 from tests.shard_tools.conftest import shard_tools, spawn_shard_tools
 from tests.support.dataset import pictures
 from tests.support.http_server import HttpServer, Page
@@ -105,6 +106,51 @@ def test_a_list_that_changes_under_its_plan(web: HttpServer, tmp_path: Path) -> 
     finished = shard_tools("pack", str(tmp_path / "set"), *QUICK)
     assert finished.code == 2
     assert "in.txt has changed since the plan was made: its row 0 was" in finished.err
+
+
+def test_what_a_list_says_beside_the_url(web: HttpServer, tmp_path: Path) -> None:
+    """No secret of it is kept anywhere, and a row that is none ends as a reject with its text."""
+    secret = "https://me:word@h/t.jpg?X-Amz-Signature=secret&w=1"
+    lines = [
+        json.dumps({"url": web.url("/0.jpg"), "thumb": secret, "Label": secret, "label": secret}),
+        '{"url": "https://me:word@h/broken',
+        json.dumps({"url": web.url("/1.jpg#top"), "text": "\ud800 half"}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    dataset = str(tmp_path / "set")
+    packed = shard_tools("pack", str(tmp_path / "in.jsonl"), dataset, *QUICK).json()
+    assert (packed["packed"], packed["rejected"]) == (2, {"bad url": 1})
+    first, bad, last = rows_of(dataset)
+    kept = "https://h/t.jpg?w=1"
+    assert (first["thumb"], first["input_Label"], first["label"]) == (kept, kept, kept)
+    assert bad["bad_row"].startswith("line 2: ")
+    assert last["text"] == "? half"
+    for info in (store := open_store(dataset)).list():
+        assert not any(word in store.get(info.key) for word in (b"word", b"secret"))
+
+
+@pytest.mark.parametrize("kind", ["tars", "adopt"])
+def test_one_tar_that_is_gone_does_not_hold_up_the_rest(
+    tars: Path, tmp_path: Path, kind: Kind
+) -> None:
+    dataset = str(tmp_path / "set")
+    make_plan(str(tars), open_store(dataset), PackSettings(), kind=kind)
+    (tars / "a.tar").unlink()
+    os.utime(tars / "c.tar", (1, 1))
+    arguments = ("pack", dataset, "--seal", "--workers", "1", "--json")
+    packed = shard_tools(*arguments).json()
+    assert packed["packed"] == 2
+    assert packed["rejected"] == {"missing": 1, "changed": 1, "not an image": 1}
+    rows = rows_of(dataset)
+    assert rows[0]["source"] == f"file://{tars}/a.tar"
+    assert len({row["key"] for row in rows}) == len(rows)
+
+
+def test_a_gzipped_tar_is_refused_before_anything_is_adopted(tars: Path, tmp_path: Path) -> None:
+    (tars / "d.tar.gz").write_bytes(b"")
+    refused = shard_tools("adopt", str(tars), str(tmp_path / "set"), "--workers", "1")
+    assert (refused.code, "d.tar.gz: a gzipped tar cannot be adopted" in refused.err) == (2, True)
+    assert not list((tmp_path / "set").rglob("plan.json"))
 
 
 def write_tar(path: Path, members: dict[str, bytes], *, keep_bytes: int | None = None) -> None:

@@ -170,13 +170,13 @@ def test_a_cluster_without_cpus_is_told_of() -> None:
         "import ray\n"
         "from shard_tools import ray_engine\n"
         "from tests.shard_tools.test_engine import square\n"
-        "ray_engine.os.cpu_count = lambda: 0\n"
         "ray_engine._NO_CPUS_S = 0.5\n"
         "ticks = iter(range(5))\n"
         "def on_tick(images, rejected):\n"
         "    if next(ticks, None) is None:\n"
         "        raise SystemExit(7)\n"
         "alone = ray_engine.RayEngine(square, address=None, workers=None, on_tick=on_tick)\n"
+        "ray.init('local', num_cpus=0, include_dashboard=False)\n"
         "print(list(alone.run([3])))\n"
     )
     ended = subprocess.run(

@@ -319,14 +319,12 @@ def test_only_what_judge_could_say_is_believed(answer: Any, body: bytes) -> None
 
 def test_all_that_judge_could_say_is_believed() -> None:
     settings = ImageSettings(resize="longest", size_px=12)
-    same = {"same": True, "columns": {**HEADER, "phash": 2**64 - 1}}
-    assert sandboxes._read_answer(same, b"", GOOD, settings) == Accepted(
-        GOOD, "png", same["columns"]
-    )
-    other = {"same": False, "columns": {**ENCODED, "format": "JPEG"}}
-    assert sandboxes._read_answer(other, b"body", GOOD, settings) == Accepted(
-        b"body", "jpg", other["columns"]
-    )
+    kept = {**HEADER, "phash": 2**64 - 1}
+    accepted = sandboxes._read_answer({"same": True, "columns": kept}, b"", GOOD, settings)
+    assert accepted == Accepted(GOOD, "png", kept)
+    encoded = {**ENCODED, "format": "JPEG"}
+    accepted = sandboxes._read_answer({"same": False, "columns": encoded}, b"!", GOOD, settings)
+    assert accepted == Accepted(b"!", "jpg", encoded)
     assert {image_format for *_, image_format in decode._DECODED} == set(sandboxes._FORMATS)
 
 

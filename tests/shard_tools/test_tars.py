@@ -1,10 +1,12 @@
 """Tars as they come: every dialect read, every image once, and nothing lost without a word."""
 
+import dataclasses
 import gzip
 import io
 import json
 import subprocess
 import tarfile
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ObjectChangedError, SampleError
+from pipeline.errors import ObjectChangedError, ObjectMissingError, SampleError
 from pipeline.shards import BLOCK_BYTES, END_OF_ARCHIVE, ShardWriter, member_header
 from pipeline.store import PART_BYTES, SourceFile, Store, find_file, open_store
-from shard_tools.members import DAMAGED_TAR
+from shard_tools.members import DAMAGED_TAR, MAX_MEMBERS, TarWalk
 from shard_tools.tars import (
     MAX_GROUP_MEMBERS,
     MAX_SIDECAR_BYTES,
@@ -324,6 +326,27 @@ def test_a_damaged_extended_header(record: bytes) -> None:
     assert reasons_of(found) == [DAMAGED_TAR]
 
 
+def test_more_members_than_memory_holds() -> None:
+    """A gzipped tar of a few megabytes may have any number."""
+    walk = TarWalk(io.BytesIO(WHOLE), "x.tar", 0, None, max_members=3)
+    members = iter(walk)
+    for name in ("0000.jpg", "0000.txt", "0001.jpg"):
+        member = next(members)
+        assert member.name == name
+        walk.body(member, 0)
+    with pytest.raises(SampleError, match=r"damaged tar: x\.tar: more than 3 members"):
+        next(members)
+
+
+@pytest.mark.slow
+def test_a_bomb_of_members() -> None:
+    members = member_header("1.jpg", 0) * (MAX_MEMBERS + 5) + END_OF_ARCHIVE
+    inputs = enumerate(read_tar(io.BytesIO(members), where="x.tar", max_bytes=CAP))
+    [(number, last)] = deque(inputs, maxlen=1)
+    assert number == MAX_MEMBERS
+    assert "more than 1000000 members" in str(last.problem)
+
+
 # ----------------------------------------------------------------------------------------
 # files on stores
 
@@ -360,6 +383,12 @@ def test_another_file_by_now(stored: Put) -> None:
     stored(make_tar([("1.jpg", b"x")]))
     with pytest.raises(ObjectChangedError, match=r"x\.tar.* put the old file back"):
         list(read_tar_file(before, max_bytes=CAP))
+
+
+def test_a_tar_that_is_gone(stored: Put) -> None:
+    gone = dataclasses.replace(stored(WHOLE), url=f"{stored(WHOLE).url}-gone")
+    with pytest.raises(ObjectMissingError, match=r"x\.tar-gone is gone"):
+        list(read_tar_file(gone, max_bytes=CAP))
 
 
 def test_changed_while_it_is_read(stored: Put) -> None:
