@@ -9,8 +9,9 @@ run out of its time through no fault of the server.)
 A request that fails for a reason that may pass is repeated, from the URL of the list on: after a
 pause that doubles each time, of which a random part is waited ("full jitter": Brooker, Exponential
 Backoff And Jitter, 2015), or after as long as the server asks for, and then its whole host is left
-alone that long. A host that asks for more than RETRY_AFTER_S is not asked again at all: every other
-URL there fails for the same reason.
+alone that long. A host that asks for more than RETRY_AFTER_S, or that did not answer HOST_FAILURES
+requests in a row, is not asked again at all: every other URL there fails for the same reason. So a
+dead host with thousands of URLs costs minutes, not days.
 
 What may start is looked for whenever that may have changed: a request ended, a pause is over, a
 host opens, URLs were added, room was made, the caller began to wait. Should that ever fail, the
@@ -21,13 +22,16 @@ import asyncio
 import contextlib
 import random
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from pipeline.errors import SampleError
 from shard_tools.hosts import HostQueue
 from shard_tools.request import (
+    TIMEOUT,
     TOO_MANY_REDIRECTS,
+    UNREACHABLE,
     Client,
     PassingError,
     RedirectedError,
@@ -37,6 +41,7 @@ from shard_tools.urls import redact
 
 READ_AHEAD_BYTES = 128 * 2**20
 RETRY_AFTER_S = 60.0  # the longest that is waited
+HOST_FAILURES = 32
 RECHECK_S = 10.0
 
 _START_BYTES = READ_AHEAD_BYTES * 3 // 4
@@ -97,7 +102,8 @@ class Crawl:
         self._held_bytes = 0  # counted up by the loop
         self._taken_bytes = 0  # of these, counted up by the caller
         self._is_full = False
-        self._refusals: dict[str, str] = {}  # by host that is not asked again: the reason
+        self._refusals: dict[str, tuple[str, str]] = {}  # by host not asked again: reason, and why
+        self._failures: Counter[str] = Counter()  # by host, requests in a row without an answer
         self._awaited: Download | None = None  # the caller waits for it
         self._ready = threading.Event()  # it is there
         self._failure: BaseException | None = None  # nothing more will come
@@ -239,16 +245,20 @@ class Crawl:
                 keep_alive=self._queue.has_waiting(host),
             )
         except RedirectedError as redirect:
+            self._failures.pop(host, None)
             self._follow(download, redirect.target)
         except PassingError as error:
+            self._count_failure(host, error)
             self._repeat(download, host, error)
         except _NoRoomError as error:
             download.expected_bytes = 2 * error.num_bytes
             self._release(download)
             self._enqueue(download)
         except SampleError as error:
+            self._failures.pop(host, None)
             self._settle(download, error)
         else:
+            self._failures.pop(host, None)
             self._mean_bytes += (len(body) - self._mean_bytes) / 64
             self._settle(download, body)
 
@@ -281,7 +291,7 @@ class Crawl:
         wait_s = error.retry_after_s
         too_long = wait_s is not None and wait_s > RETRY_AFTER_S
         if too_long:
-            self._give_up(host, error.sample_error.reason)
+            self._give_up(host, error.sample_error.reason, "wants to be left alone for long")
         elif wait_s is not None:
             self._queue.close_until(host, self._loop.time() + wait_s)
         if too_long or download.attempts > self._retries:
@@ -296,15 +306,25 @@ class Crawl:
         wait_s = random.uniform(0, longest_s)
         self._loop.call_later(wait_s, self._guard, self._again, download)
 
-    def _give_up(self, host: str, reason: str) -> None:
+    def _count_failure(self, host: str, error: PassingError) -> None:
+        reason = error.sample_error.reason
+        if reason not in (TIMEOUT, UNREACHABLE):
+            self._failures.pop(host, None)
+            return
+        self._failures[host] += 1
+        if self._failures[host] == HOST_FAILURES:
+            self._give_up(host, reason, f"did not answer {HOST_FAILURES} requests in a row")
+
+    def _give_up(self, host: str, reason: str, why: str) -> None:
         """Ask a host no more."""
-        self._refusals[host] = reason
+        self._refusals[host] = (reason, why)
         for download in self._queue.remove(host):
             self._refuse(download, host)
 
     def _refuse(self, download: Download, host: str) -> None:
-        what = f"{redact(download.url)}: not asked, since {host} wants to be left alone for long"
-        self._settle(download, SampleError(self._refusals[host], what))
+        reason, why = self._refusals[host]
+        what = f"{redact(download.url)}: not asked, since {host} {why}"
+        self._settle(download, SampleError(reason, what))
 
     def _again(self, download: Download) -> None:
         self._enqueue(download)

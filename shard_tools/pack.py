@@ -39,6 +39,7 @@ from shard_tools.local_engine import count
 from shard_tools.plan import PackSettings, Plan, read_unit
 from shard_tools.sandbox import Sandbox
 from shard_tools.sources import Kind, PlannedInput
+from shard_tools.tars import size_of
 
 DUPLICATE = "duplicate"
 
@@ -207,7 +208,7 @@ def pack_unit(task: UnitTask) -> UnitCommit:
     inputs = read_unit(dataset, task.plan, task.unit)
     with _judging(task) as judge_image:
         if task.kind == "adopt":
-            shard = _index_shard(task, inputs[0], judge_image)
+            shard = _index_shard(dataset, f"{name}.tar", task, inputs[0], judge_image)
         else:
             rows = _rows(task, inputs, judge_image)
             shard = _write_shard(dataset, f"{name}.tar", rows, unique=task.settings.unique)
@@ -316,8 +317,10 @@ def _add(shard: ShardWriter, row: _Row, data: bytes, seen: set[bytes] | None) ->
     )
 
 
-def _index_shard(task: UnitTask, tar: PlannedInput, judge_image: Judge) -> _Shard:
-    """Index a shard where it lies."""
+def _index_shard(
+    dataset: Store, name: str, task: UnitTask, tar: PlannedInput, judge_image: Judge
+) -> _Shard:
+    """Index a shard where it lies; for one that is gone an empty one is written."""
     file = tar_file(tar)
     adopted = index_tar(
         file,
@@ -326,7 +329,9 @@ def _index_shard(task: UnitTask, tar: PlannedInput, judge_image: Judge) -> _Shar
         on_image=lambda rejected: count(rejected=rejected),
         max_bytes=task.settings.image.max_bytes,
     )
-    return _Shard(file.url, file.size_bytes, adopted.tar_tag, adopted.tar_hash, adopted.rows)
+    if not adopted.is_readable:
+        return replace(_write_shard(dataset, name, iter(()), unique=False), rows=adopted.rows)
+    return _Shard(file.url, size_of(file), adopted.tar_tag, adopted.tar_hash, adopted.rows)
 
 
 def _write_index(dataset: Store, name: str, shard: _Shard) -> UnitCommit:

@@ -119,11 +119,15 @@ def make_plan(
         raise UsageError(f"{dataset.url} lies inside the source {url}: choose another place")
     if f"{url}/".startswith(_folder(dataset.url)):
         raise UsageError(f"the source {url} lies inside {dataset.url}: choose another place")
-    kind = kind or kind_of(source)
+    found = kind or kind_of(source)
     inputs = planned_inputs(
-        source, kind, url_column=settings.url_column, span_bytes=settings.shard_bytes
+        source,
+        found,
+        url_column=settings.url_column,
+        span_bytes=settings.shard_bytes,
+        guessed=kind is None,
     )
-    return plan_inputs(inputs, dataset, settings, kind=kind, source=url, replace=replace)
+    return plan_inputs(inputs, dataset, settings, kind=found, source=url, replace=replace)
 
 
 def plan_inputs(

@@ -862,3 +862,26 @@ def test_what_waits_at_a_host_can_be_taken_out() -> None:
     queue.finish("a", 0.0)
     assert queue.first(0.0) == 2
     assert len(queue) == 1
+
+
+def test_a_dead_host_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other URLs fail for the same reason without being asked; other hosts go on."""
+    monkeypatch.setattr(crawl, "HOST_FAILURES", 6)
+    pages = {"/": b"x", "/late": Page(wait_s=9)}
+    with HttpServer(pages, hosts=("127.0.0.1", "127.0.0.2")) as server:
+        dead = [server.url("/late", "127.0.0.2")] * 40
+        alive = [server.url("/")] * 3
+        outcomes = fetch([*dead, *alive], settings(timeout_s=0.3, retries=1, per_host=4))
+    assert [reason(outcome) for outcome in outcomes[:40]] == ["timeout"] * 40
+    assert "not asked, since 127.0.0.2 did not answer 6 requests" in str(outcomes[39])
+    assert outcomes[40:] == [b"x"] * 3
+    assert server.paths().count("/late") < 20
+
+
+def test_answers_are_no_failures_in_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crawl, "HOST_FAILURES", 3)
+    pages = {"/": b"x", "/late": Page(wait_s=9)}
+    with HttpServer(pages) as server:
+        urls = [server.url(path) for path in ("/late", "/late", "/") * 3]
+        outcomes = fetch(urls, settings(timeout_s=0.3, retries=0, per_host=1))
+    assert outcomes[2::3] == [b"x"] * 3

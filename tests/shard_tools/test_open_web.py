@@ -321,3 +321,14 @@ def test_an_interrupted_retry_is_not_sealed_twice(web: HttpServer, tmp_path: Pat
     assert refused.code == 2
     assert "another try of 2 rejects, of which only 1 still are" in refused.err
     assert read_snapshot(store).num_kept == 2
+
+
+def test_a_tar_that_goes_before_it_is_adopted(tars: Path, tmp_path: Path) -> None:
+    dataset = str(tmp_path / "set")
+    store = open_store(dataset)
+    plan = make_plan(str(tars), store, PackSettings(), kind="adopt")
+    (tars / "b.tar").unlink()
+    done = ("pack", dataset, "--plan", plan.name, "--seal", "--workers", "1", "--json")
+    packed = shard_tools(*done).json()
+    assert (packed["packed"], packed["rejected"]) == (3, {"missing": 1, "truncated": 1})
+    assert shard_tools("verify", dataset, "--json").json()["samples"] == 3
