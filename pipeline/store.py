@@ -18,6 +18,7 @@ import contextlib
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -217,7 +218,7 @@ class Store:
 
     def unfinished(self) -> Iterator[UnfinishedWrite]:
         """What writers have left below the prefix, or are just writing; streamed, in any order."""
-        with _source_errors("list", self.url):
+        with source_errors("list", self.url):
             if isinstance(self._backend, S3Store):
                 yield from self._multipart_uploads()
             else:
@@ -226,14 +227,14 @@ class Store:
     def abort(self, write: UnfinishedWrite) -> None:
         """Remove what a writer left; it is no error if it is gone or finished by now."""
         if not isinstance(self._backend, S3Store):
-            with _source_errors("delete", write.name):
+            with source_errors("delete", write.name):
                 Path(write.name).unlink(missing_ok=True)
             return
         bucket, _, prefix = self.url.removeprefix("s3://").partition("/")
         key = f"{prefix}/{write.key}" if prefix else write.key
         with (
             contextlib.suppress(ObjectMissingError),
-            _source_errors("abort the upload of", self.url_of(write.key)),
+            source_errors("abort the upload of", self.url_of(write.key)),
         ):
             _open_s3fs(_aws_environment()).call_s3(
                 "abort_multipart_upload", Bucket=bucket, Key=key, UploadId=write.name
@@ -423,7 +424,7 @@ class FileReader:
 
     def read(self, length_bytes: int) -> bytes:
         """The next bytes, fewer only at the end. Raises StoreError."""
-        with _source_errors("read", self._url):
+        with source_errors("read", self._url):
             pieces = [self._file.read(length_bytes)]
             missing = length_bytes - len(pieces[0])
             while missing and pieces[-1]:
@@ -433,7 +434,7 @@ class FileReader:
 
     def skip(self, length_bytes: int) -> None:
         """Pass over the next bytes."""
-        with _source_errors("read", self._url):
+        with source_errors("read", self._url):
             self._file.seek(length_bytes, os.SEEK_CUR)
 
 
@@ -485,7 +486,7 @@ def list_files(url: str) -> Iterator[SourceFile]:
     Raises ObjectMissingError if there is nothing under the URL, UsageError if it is a local file;
     an S3 prefix without objects yields nothing.
     """
-    with _source_errors("list", url):
+    with source_errors("list", url):
         if (folder := _local_path(url)) is not None:
             if folder.is_file():
                 raise UsageError(f"{url} is a file, give a folder")
@@ -500,7 +501,7 @@ def list_files(url: str) -> Iterator[SourceFile]:
 
 def find_file(url: str) -> SourceFile | None:
     """The file that a URL of any fsspec kind names; None if it names a folder, or nothing."""
-    with _source_errors("look at", url):
+    with source_errors("look at", url):
         if (path := _local_path(url)) is not None:
             if not path.is_file():
                 return None
@@ -517,9 +518,10 @@ def find_file(url: str) -> SourceFile | None:
 def open_file(url: str) -> BinaryIO:
     """One file under any fsspec URL, seekable, read as it is needed. Close it.
 
-    Raises StoreError and its kinds; what fails while it is read comes as the client's own OSError.
+    Raises StoreError and its kinds; what fails while it is read comes as the client's own error,
+    for `source_errors` to translate.
     """
-    with _source_errors("read", url):
+    with source_errors("read", url):
         if (path := _local_path(url)) is not None:
             return path.open("rb")
         filesystem, root = _open_source(url)
@@ -559,7 +561,7 @@ def read_file(url: str, *, size_bytes: int | None = None, tag: str | None = None
         return _get_at_most(url, size_bytes, tag)
     if tag or size_bytes == 0:  # an empty range is no range
         _refuse_changed(url, size_bytes, tag)
-    with _source_errors("read", url):
+    with source_errors("read", url):
         if (file := _local_path(url)) is not None:
             with file.open("rb") as opened:
                 body = opened.read(-1 if size_bytes is None else size_bytes + 1)
@@ -818,25 +820,49 @@ class _AlreadyExistsError(StoreError):
 
 
 @contextlib.contextmanager
-def _source_errors(verb: str, url: str) -> Iterator[None]:
+def source_errors(verb: str, url: str) -> Iterator[None]:
     """Turn what fsspec and s3fs raise into our errors, naming the source."""
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
     try:
         yield
     except (PermissionError, NoCredentialsError) as error:
-        message = f"cannot {verb} {url}: {_first_line(error)}; {_access_advice(url)}"
+        message = f"cannot {verb} {_shown(url)}: {_first_line(error)}; {_access_advice(url)}"
         raise AccessDeniedError(message) from None
     except (FileNotFoundError, NotADirectoryError):
-        raise ObjectMissingError(f"cannot {verb} {url}: there is nothing; check the path") from None
+        # fsspec says so too of a web server that fails or does not answer.
+        what = "nothing, or no server that answers" if _is_web(url) else "nothing"
+        message = f"cannot {verb} {_shown(url)}: there is {what}; check the path"
+        raise ObjectMissingError(message) from None
+    except _web_errors() as error:
+        reason = getattr(error, "message", "") or type(error).__name__
+        message = f"cannot {verb} {_shown(url)}: {reason.splitlines()[0]}; {_failure_advice(url)}"
+        raise StoreError(message) from None
     except (BotoCoreError, ClientError, OSError, TimeoutError) as error:
-        message = f"cannot {verb} {url}: {_first_line(error)}; {_failure_advice(url)}"
+        message = f"cannot {verb} {_shown(url)}: {_first_line(error)}; {_failure_advice(url)}"
         raise StoreError(message) from None
     except (
         ImportError,
         ValueError,
     ) as error:  # fsspec knows no such protocol, or lacks its library
-        raise UsageError(f"cannot {verb} {url}: {_first_line(error)}") from None
+        raise UsageError(f"cannot {verb} {_shown(url)}: {_first_line(error)}") from None
+
+
+def _is_web(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
+
+
+def _shown(url: str) -> str:
+    """A URL as it may be printed: a web address without user information and query."""
+    if not _is_web(url):
+        return url
+    return re.sub(r"//[^/?#]*@", "//", re.sub(r"[?#].*", "?…", url, flags=re.DOTALL))
+
+
+def _web_errors() -> tuple[type[Exception], ...]:
+    """What fsspec's HTTP client raises, if it was loaded: it takes an eighth of a second."""
+    client = sys.modules.get("aiohttp")
+    return (client.ClientError,) if client is not None else ()
 
 
 def _access_advice(url: str) -> str:

@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _plan(arguments: argparse.Namespace) -> None:
     plan = _new_plan(arguments, open_store(arguments.dataset))
+    known = f"{show.size(plan.total_bytes)}, " if plan.total_bytes else ""
     print(
         f"plan {plan.name}: {show.plural(plan.num_inputs, _noun(plan))}, "
-        f"{show.size(plan.total_bytes)}, {show.plural(plan.num_units, 'shard')}"
+        f"{known}{show.plural(plan.num_units, 'shard')}"
     )
     filtered = f" --filter {arguments.filter}" if arguments.filter else ""
     print(f"next: python -m shard_tools pack {arguments.dataset} --plan {plan.name}{filtered}")

@@ -309,5 +309,5 @@ class _Dispatch(Generic[Task, Result]):
         return WorkerDiedError(
             f"worker processes died {TASK_ATTEMPTS} times over the same work (the last one: "
             f"{error}), perhaps for want of memory: start again with more of it, or with fewer "
-            f"--workers than {self._pool.num_processes()}; what is committed stays"
+            "--workers; what is committed stays"
         )

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, UsageError
-from pipeline.store import open_file
+from pipeline.errors import UsageError
+from pipeline.store import open_file, source_errors
+from shard_tools.urls import redact
 
 COLUMNS = ("key", "sha256", "source", "url")
 
@@ -137,12 +138,11 @@ def _opened(url: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _explained(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise UsageError(f"{url}: not what its name says it is: {error}") from None
-    except OSError as error:
-        raise StoreError(f"cannot read {url}: {error}; run the command again") from None
+    with source_errors("read", url):
+        try:
+            yield
+        except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise UsageError(f"{redact(url)}: not what its name says it is: {error}") from None
 
 
 _TEXT_KINDS = (

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.errors import DataError, ManifestError, ObjectMissingError
+from pipeline.errors import DataError, ManifestError, ObjectMissingError, UsageError
 from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.store import Store, open_store
 from shard_tools import page
@@ -77,6 +77,8 @@ def write_gallery(
     else:
         target = output if "://" in output else str(Path(output).absolute())
         folder, _, key = target.rpartition("/")
+        if "://" not in folder and not Path(folder or "/").is_dir():
+            raise UsageError(f"there is no folder {folder} for the page: create it first")
         store = open_store(f"{folder}/")
     with store.writer(key, content_type="text/html; charset=utf-8") as writer:
         writer.write(body)

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import StoreError, UsageError
+from pipeline.errors import UsageError
 from pipeline.shards import INDEX_SCHEMA
-from pipeline.store import open_file
+from pipeline.store import open_file, source_errors
 from shard_tools.urls import redact_text
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
@@ -235,12 +235,11 @@ def _opened(url: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _explained(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise UsageError(f"{url}: not what its name says it is: {error}") from None
-    except OSError as error:
-        raise StoreError(f"cannot read {url}: {error}; run the command again") from None
+    with source_errors("read", url):
+        try:
+            yield
+        except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise UsageError(f"{url}: not what its name says it is: {error}") from None
 
 
 def _read_parquet(file: BinaryIO) -> Iterator[_Row]:

@@ -19,7 +19,7 @@ from pipeline.store import Store
 from shard_tools.fingerprints import FingerprintSet, read_values
 from shard_tools.indexes import Flags, ShardRows, read_rows
 from shard_tools.predicate import Predicate
-from shard_tools.urls import redact
+from shard_tools.urls import redact, redact_text
 
 MODES = ("drop", "keep")
 _LOOKED_AT = 64  # shards, for the columns that a condition names
@@ -64,7 +64,7 @@ class Selection:
             for url in getattr(self, what)
         ]
         parts += [f"source like {redact(pattern)}" for pattern in self.patterns]
-        parts += [f"where {self.where}"] if self.where else []
+        parts += [f"where {redact_text(self.where)}"] if self.where else []
         return " ".join(f"{self.mode} {' or '.join(parts)}".split())
 
 

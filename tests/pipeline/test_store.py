@@ -26,11 +26,14 @@ from pipeline.store import (
     Store,
     find_file,
     list_files,
+    open_file,
     open_store,
     open_stream,
     read_file,
     resolve,
+    source_errors,
 )
+from tests.support.http_server import HttpServer, Page
 from tests.support.s3_server import S3Server
 
 
@@ -467,3 +470,22 @@ def test_missing_sources(s3: S3Server, url: str) -> None:
 
 def test_a_prefix_without_objects_is_empty(s3_url: str) -> None:
     assert list(list_files(s3_url)) == []
+
+
+def read_opened(url: str) -> bytes:
+    with source_errors("read", url), open_file(url) as file:
+        return file.read()
+
+
+@pytest.mark.parametrize(
+    "page", [Page(status=503), Page(hang_up=True), Page(b"x", length=9), Page(status=404)]
+)
+def test_a_web_server_that_fails(page: Page) -> None:
+    """One of our errors, without what is secret in the URL."""
+    with HttpServer({"/a.csv": page}) as web:
+        url = web.url("/a.csv?token=hunter2").replace("//", "//me:hunter3@")
+        for read in (read_file, read_opened):
+            with pytest.raises(StoreError) as told:
+                read(url)
+            assert "hunter" not in str(told.value)
+            assert f"127.0.0.1:{web.port}/a.csv" in str(told.value)

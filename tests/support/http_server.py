@@ -151,7 +151,11 @@ class HttpServer:
     def receive(self, connection: "_Connection", head: bytes) -> None:
         """Answer a request."""
         first, *lines = head.decode("latin-1").split("\r\n")
-        path = first.split(" ")[1]
+        method, path = first.split(" ")[:2]
+        if method == "HEAD":
+            pages = self._pages.get(path) or [Page(status=404)]
+            connection.transport.write(_head(pages[0]))
+            return
         ready = self._ready_bytes.get(path)
         if ready is not None and not self._record:
             connection.transport.write(ready)
