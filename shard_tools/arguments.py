@@ -38,7 +38,7 @@ _SOURCE = (
     "(.parquet .csv .tsv .jsonl .txt, also .gz); any URL that fsspec opens"
 )
 _DATASET = "the data set: s3://bucket/prefix, file:///directory or a path"
-_LIST = "one a line, or a column of a .parquet, .csv, .tsv or .jsonl file; may be repeated"
+_LIST = "one a line, or a column of a .parquet, .csv or .tsv file; may be repeated"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _DURATIONS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -4,23 +4,19 @@ A takedown list may be longer than memory is wide: held is a 128-bit BLAKE2b of 
 bytes, sorted. Two of n values have the same with a probability of n² / 2^129, nothing for any n.
 """
 
-import contextlib
 import csv
-import gzip
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import UsageError
-from pipeline.store import open_file, source_errors
-from shard_tools.urls import redact
+from shard_tools.lists import open_list
 
 COLUMNS = ("key", "sha256", "source", "url")
 
@@ -75,7 +71,7 @@ def read_values(url: str, preferred: Sequence[str] = COLUMNS) -> Iterator[str | 
     Raises UsageError, naming the list, if it is not what its suffix says; StoreError.
     """
     name = url.lower().removesuffix(".gz")
-    with _opened(url) as file, _explained(url):
+    with open_list(url) as file:
         if name.endswith(".parquet"):
             values = _parquet_column(file, preferred)
         elif name.endswith((".csv", ".tsv")):
@@ -126,23 +122,6 @@ def _choose(names: Sequence[str], preferred: Sequence[str]) -> int:
 def _lines(file: BinaryIO) -> Iterator[str]:
     with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         yield from text
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[BinaryIO]:
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_file(url))
-        is_packed = url.lower().endswith(".gz")
-        yield cast(BinaryIO, stack.enter_context(gzip.open(file))) if is_packed else file
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    with source_errors("read", url):
-        try:
-            yield
-        except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-            raise UsageError(f"{redact(url)}: not what its name says it is: {error}") from None
 
 
 _TEXT_KINDS = (

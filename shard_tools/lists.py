@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import UsageError
 from pipeline.shards import INDEX_SCHEMA
 from pipeline.store import open_file, source_errors
-from shard_tools.urls import redact_text
+from shard_tools.urls import redact, redact_text
 
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".txt")
 URL_COLUMNS = ("url", "image_url", "uri")  # the first that a list has
@@ -96,7 +96,7 @@ def read_list(
     nothing but malformed rows or has no column of URLs; StoreError if it cannot be read.
     """
     names = ColumnNames() if names is None else names
-    with _opened(url) as file, _explained(url):
+    with open_list(url) as file:
         first, rows = _first_record(_READERS[_suffix(url)](file))
         if first is None:
             return
@@ -116,7 +116,7 @@ def read_urls(url: str, positions: Iterable[int], url_column: str | None = None)
     The rows before them are not parsed and, in Parquet, not read. Raises as `read_list`.
     """
     wanted = sorted(set(positions))
-    with _opened(url) as file, _explained(url):
+    with open_list(url) as file:
         read = _urls_in_parquet if _suffix(url) == ".parquet" else _urls_in_rows
         return {position: _as_text(value) or "" for position, value in
                 read(file, url, wanted, url_column)}  # fmt: skip
@@ -212,6 +212,24 @@ def _as_text(value: Any) -> str | None:
     return str(value) if isinstance(value, int | float) else json.dumps(value, default=str)
 
 
+@contextlib.contextmanager
+def open_list(url: str) -> Iterator[BinaryIO]:
+    """A list's bytes, unpacked if its name says that it is gzipped.
+
+    Inside the block, what is wrong with them is raised as UsageError, naming the list, and what
+    fails in reading them as StoreError.
+    """
+    with contextlib.ExitStack() as stack, source_errors("read", url):
+        file = stack.enter_context(open_file(url))
+        if url.lower().endswith(".gz"):
+            file = cast(BinaryIO, stack.enter_context(gzip.open(file)))
+        try:
+            yield file
+        except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
+            what = f"not what its name says it is: {error}"
+            raise UsageError(f"{redact(url)}: {what}") from None
+
+
 # ----------------------------------------------------------------------------------------
 # the formats
 
@@ -222,24 +240,6 @@ def _suffix(url: str) -> str:
     if suffix is None:
         raise UsageError(f"{url}: no list of URLs; a list's name ends in {' '.join(SUFFIXES)}")
     return suffix
-
-
-@contextlib.contextmanager
-def _opened(url: str) -> Iterator[BinaryIO]:
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(open_file(url))
-        if url.lower().endswith(".gz"):
-            file = cast(BinaryIO, stack.enter_context(gzip.open(file)))
-        yield file
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    with source_errors("read", url):
-        try:
-            yield
-        except (pa.ArrowException, csv.Error, ValueError, EOFError, gzip.BadGzipFile) as error:
-            raise UsageError(f"{url}: not what its name says it is: {error}") from None
 
 
 def _read_parquet(file: BinaryIO) -> Iterator[_Row]:
