@@ -9,27 +9,23 @@ never returns and never lets go of the interpreter. Two means together keep that
 - `Sandbox`, only for such a task, judges every image in a child process. If the child dies or
   hangs, that image is rejected and the next one gets a fresh child. The results are judge's.
 
-Child and parent talk over a socket, in messages of JSON with an image's bytes behind it. No pickle:
-a process that decodes hostile bytes is not to be trusted with its parent's interpreter. For the
-same reason an answer counts only if `judge` could have given it, and the child's environment has no
-credentials: only what Python, its libraries and their caches need. A filter that reads any other
-variable finds it unset here. The child remains the user's process, with the user's files and
-network: this contains bugs, not whoever has made use of one to run code.
+Child and parent talk over a shard_tools.channel. A process that decodes hostile bytes is not to be
+trusted with its parent's interpreter, so an answer counts only if `judge` could have given it, and
+the child's environment has no credentials: only what Python, its libraries and their caches need. A
+filter that reads any other variable finds it unset here. The child remains the user's process, with
+the user's files and network: this contains bugs, not whoever has made use of one to run code.
 """
 
 import contextlib
 import ctypes
 import dataclasses
-import json
 import os
 import re
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import CropstreamError
+from shard_tools.channel import Channel
 from shard_tools.filters import Filter, load_filter
 from shard_tools.judge import (
     TIME_LIMIT_S,
@@ -62,8 +59,6 @@ _ATTEMPTS = 2
 # By the kernel short of memory, or by a person: the image, perhaps innocent, has one more try.
 _KILLED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
-_HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes of image
-_MAX_TEXT_BYTES = 2**20
 _MAX_MESSAGE_CHARACTERS = 2**16  # of an error: at most 12 bytes each in JSON
 _STDERR = 2
 _INHERITED = (
@@ -166,7 +161,7 @@ class _Child:
     def __init__(self, orders: _Orders) -> None:
         self._settings = ImageSettings(**orders.settings)
         end, far_end = socket.socketpair()
-        self._channel = _Channel(end, max_body_bytes=_max_body_bytes(self._settings))
+        self._channel = Channel(end, max_body_bytes=_max_body_bytes(self._settings))
         with far_end:
             try:
                 self._process = _spawn(far_end.fileno())
@@ -244,60 +239,6 @@ def _environment() -> dict[str, str]:
     return inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
-class _Channel:
-    """One end of the socket; a message is JSON, and bytes that may follow it.
-
-    Its methods raise ConnectionError or EOFError if the other end is gone, and TimeoutError.
-    """
-
-    def __init__(self, end: socket.socket, *, max_body_bytes: int = sys.maxsize) -> None:
-        self._end = end
-        self._max_body_bytes = max_body_bytes
-        self._deadline_s: float | None = None
-
-    def set_deadline(self, limit_s: float) -> None:
-        """Give all that follows that long, counted from now."""
-        self._deadline_s = time.monotonic() + limit_s
-
-    def close(self) -> None:
-        self._end.close()
-
-    def send(self, message: Mapping[str, Any], body: bytes = b"") -> None:
-        text = json.dumps(message).encode()
-        self._watch_clock()
-        self._end.sendall(_HEAD.pack(len(text), len(body)) + text)
-        self._watch_clock()
-        self._end.sendall(body)
-
-    def receive(self) -> tuple[Any, bytes]:
-        """The JSON of a message and its bytes; ValueError if it is too long or no JSON."""
-        text_bytes, body_bytes = _HEAD.unpack(self._receive_exactly(_HEAD.size))
-        if text_bytes > _MAX_TEXT_BYTES or body_bytes > self._max_body_bytes:
-            raise ValueError(f"too much: {text_bytes} bytes of text and {body_bytes} bytes")
-        try:
-            message = json.loads(self._receive_exactly(text_bytes))
-        except (ValueError, RecursionError):  # the latter if it is nested too deep
-            raise ValueError("text that is no JSON") from None
-        return message, self._receive_exactly(body_bytes)
-
-    def _receive_exactly(self, size_bytes: int) -> bytes:
-        received = bytearray()
-        while len(received) < size_bytes:
-            self._watch_clock()
-            if not (part := self._end.recv(min(size_bytes - len(received), 2**20))):
-                raise EOFError
-            received += part
-        return bytes(received)
-
-    def _watch_clock(self) -> None:
-        """Have the socket's next operation end in time."""
-        if self._deadline_s is None:
-            return
-        if (rest_s := self._deadline_s - time.monotonic()) <= 0:
-            raise TimeoutError
-        self._end.settimeout(rest_s)
-
-
 def _is_side(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
@@ -361,7 +302,7 @@ def _check_columns(columns: dict[str, Any]) -> None:
 def _child_main(file_descriptor: int) -> None:
     """What a child does: take orders, then judge image after image until the parent is gone."""
     _die_with_parent()
-    channel = _Channel(socket.socket(fileno=file_descriptor))
+    channel = Channel(socket.socket(fileno=file_descriptor))
     orders = _Orders(**channel.receive()[0])
     settings = ImageSettings(**orders.settings)
     try:

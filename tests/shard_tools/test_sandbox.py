@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline import decode
 from pipeline.errors import CropstreamError
 from shard_tools import sandbox as sandboxes
+from shard_tools.channel import HEAD
 from shard_tools.judge import Accepted, ImageSettings, RejectedError, judge
 from shard_tools.sandbox import DECODER_DIED, DECODER_HUNG, Sandbox
 
@@ -122,7 +123,7 @@ def dribble(pixels: Pixels, columns: Mapping[str, Any]) -> bool:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         end = socket.socket(fileno=int(sys.argv[1]))
         with contextlib.suppress(OSError):
-            for byte in sandboxes._HEAD.pack(1000, 0) + b" " * 1000:
+            for byte in HEAD.pack(1000, 0) + b" " * 1000:
                 end.send(bytes([byte]))
                 time.sleep(0.1)
         os._exit(0)
@@ -245,14 +246,14 @@ ENCODED = {**HEADER, "original_width": "24", "original_height": "16"}
 
 def message(answer: Any, body: bytes = b"") -> bytes:
     text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-    return sandboxes._HEAD.pack(len(text), len(body)) + text + body
+    return HEAD.pack(len(text), len(body)) + text + body
 
 
 FORGED = [
     message({}),
     message({"same": True, "extension": "../../x.y", "columns": HEADER}),
     message({"same": False, "columns": HEADER}, b"bytes that the settings keep"),
-    sandboxes._HEAD.pack(2, 2**60) + b"{}",
+    HEAD.pack(2, 2**60) + b"{}",
     message(b"[" * 10**5),
     message(b"\xff"),
 ]
