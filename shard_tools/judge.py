@@ -228,13 +228,17 @@ def extension_of(image_format: str) -> str:
 
 def _filter_header(data: bytes, header: ImageHeader, settings: ImageSettings) -> None:
     shorter, longer = sorted((header.width_px, header.height_px))
-    size = f"{header.width_px}x{header.height_px} pixels"
     if shorter < settings.min_size_px:
-        raise SampleError(TOO_SMALL, f"{size}, the least is {settings.min_size_px}")
+        raise SampleError(TOO_SMALL, f"{_size(header)}, the least is {settings.min_size_px}")
     if settings.max_aspect and longer > settings.max_aspect * shorter:
-        raise SampleError(f"{FILTERED}: aspect", f"{size}, the most is {settings.max_aspect}")
+        message = f"{_size(header)}, the most is {settings.max_aspect}"
+        raise SampleError(f"{FILTERED}: aspect", message)
     if settings.animated == "reject" and is_animated(data, header):
         raise SampleError(ANIMATED)
+
+
+def _size(header: ImageHeader) -> str:
+    return f"{header.width_px}x{header.height_px} pixels"
 
 
 def _filter_entropy(pixels: NDArray[np.uint8], settings: ImageSettings) -> None:
