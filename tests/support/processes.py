@@ -43,7 +43,7 @@ def _rank_main(
         dist.barrier()  # nobody tears down while another still talks to it
     finally:
         dist.destroy_process_group()
-    # All is saved. The interpreter's end would now and then meet a thread of gloo's that still runs,
+    # All is saved. The interpreter's end would now and then meet a thread of gloo that still runs,
     # and abort: "terminate called without an active exception".
     os._exit(0)
 
