@@ -205,7 +205,7 @@ def member_header(name: str, size_bytes: int) -> bytes:
 
 
 class IndexRows:
-    """The rows of an index that is being made, in Arrow's memory: a fifth of what mappings take."""
+    """The rows of an index that is being made, all but the last 10,000 in Arrow's memory."""
 
     def __init__(self) -> None:
         self._fresh: list[Mapping[str, Any]] = []

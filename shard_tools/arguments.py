@@ -251,7 +251,7 @@ def _add_mask(commands: _Commands) -> None:
 
 
 def _add_verify(commands: _Commands) -> None:
-    parser = _add(commands, "verify", "read a data set back and check every byte")
+    parser = _add(commands, "verify", "read a data set back and check every byte of its images")
     parser.add_argument("dataset", metavar="DST", help=_DATASET)
     parser.add_argument("--quick", action="store_true", help="only manifests, sizes and tags")
     _add_version(parser)

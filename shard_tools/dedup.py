@@ -133,16 +133,11 @@ def dedup(
             max_pairs=_max_pairs(len(rows), memory_bytes),
             threads=threads,
         )
-    how = f"distance {distance}" if near else "exact only"
     key = None
     if found.near + found.exact and not dry_run:
         key = _write_clusters(dataset, snapshot, found, memory_bytes)
-        note = (
-            f"dedup of version {snapshot.version} ({how}): {found.exact} exact and {found.near} "
-            f"near copies dropped, clusters: {key}"
-        )
-        decide = _decider(dataset, snapshot, found)
-        snapshot = mask_snapshot(dataset, decide=decide, note=note).snapshot
+        how = f"distance {distance}" if near else "exact only"
+        snapshot = _hide(dataset, snapshot, found, how, key)
     return DedupReport(
         snapshot=snapshot,
         is_new=key is not None,
@@ -155,6 +150,16 @@ def dedup(
         clusters_url=dataset.url_of(key) if key else None,
         seconds=time.monotonic() - started,
     )
+
+
+def _hide(dataset: Store, snapshot: Snapshot, found: _Found, how: str, key: str) -> Snapshot:
+    """Commit the version without the copies; its note names the table of clusters."""
+    note = (
+        f"dedup of version {snapshot.version} ({how}): {found.exact} exact and {found.near} "
+        f"near copies dropped, clusters: {key}"
+    )
+    decide = _decider(dataset, snapshot, found)
+    return mask_snapshot(dataset, decide=decide, note=note).snapshot
 
 
 def _num_dropped(leaders: Numbers) -> int:

@@ -49,7 +49,7 @@ from shard_tools.resize import RESIZE_MODES, resize_pixels, scaled_size, stored_
 
 TOO_SMALL = "too small"
 ANIMATED = "animated"
-FILTERED = "filtered"  # followed by ": " and the filter's name
+FILTERED = "filtered"  # followed by ":" and the filter's name
 UNENCODABLE = "unencodable"  # more pixels a side than the format asked for can hold
 
 TIME_LIMIT_S = 60.0  # an image
@@ -85,8 +85,8 @@ class ImageSettings:
     max_bytes: int = MAX_BYTES  # "too large" beyond
     max_pixels: int = MAX_PIXELS  # "bomb" beyond
     min_size_px: int = 0  # of the shorter side; "too small" below
-    max_aspect: float = 0.0  # longer over shorter side; 0: any; "filtered: aspect" beyond
-    min_entropy: float = 0.0  # bits of the grey histogram, 0..8; "filtered: entropy" below
+    max_aspect: float = 0.0  # longer over shorter side; 0: any; "filtered:aspect" beyond
+    min_entropy: float = 0.0  # bits of the grey histogram, 0..8; "filtered:entropy" below
     animated: str = "first"  # or "reject"
     orientation: str = "keep"  # or "apply": turned upright where EXIF says it is not
     resize: str = "keep"  # or "longest", "shortest", "crop", to size_px
@@ -232,7 +232,7 @@ def _filter_header(data: bytes, header: ImageHeader, settings: ImageSettings) ->
         raise SampleError(TOO_SMALL, f"{_size(header)}, the least is {settings.min_size_px}")
     if settings.max_aspect and longer > settings.max_aspect * shorter:
         message = f"{_size(header)}, the most is {settings.max_aspect}"
-        raise SampleError(f"{FILTERED}: aspect", message)
+        raise SampleError(f"{FILTERED}:aspect", message)
     if settings.animated == "reject" and is_animated(data, header):
         raise SampleError(ANIMATED)
 
@@ -247,7 +247,7 @@ def _filter_entropy(pixels: NDArray[np.uint8], settings: ImageSettings) -> None:
         return
     bits = entropy_of(pixels if pixels.ndim == 2 else to_grey(pixels))
     if bits < settings.min_entropy:
-        raise SampleError(f"{FILTERED}: entropy", f"{bits:.2f} bits, {settings.min_entropy} asked")
+        raise SampleError(f"{FILTERED}:entropy", f"{bits:.2f} bits, {settings.min_entropy} asked")
 
 
 def entropy_of(grey: NDArray[np.uint8]) -> float:
@@ -268,7 +268,7 @@ def _filter_pixels(
     seen = _turn(pixels, orientation).view()
     seen.flags.writeable = False  # the same pixels may be stored
     if not ask_filter(keep, settings.filter, seen, MappingProxyType(columns)):
-        raise SampleError(f"{FILTERED}: {settings.filter}")
+        raise SampleError(f"{FILTERED}:{settings.filter}")
 
 
 def _stored_format(header: ImageHeader, orientation: int, settings: ImageSettings) -> str | None:

@@ -260,7 +260,7 @@ def test_a_task_that_kills_every_worker_ends_the_run(
     assert told == [7] * (TASK_ATTEMPTS - 1)
 
 
-@pytest.mark.parametrize(
+each_failure = pytest.mark.parametrize(
     ("name", "error", "tries"),
     [
         ("store", StoreError, 1 + len(STORE_PAUSES_S)),
@@ -269,6 +269,9 @@ def test_a_task_that_kills_every_worker_ends_the_run(
         ("bug", ZeroDivisionError, 1),
     ],
 )
+
+
+@each_failure
 def test_failures(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -124,7 +124,7 @@ def test_what_is_known_of_a_reject_grows_with_the_checks() -> None:
     ]
     late = [
         (rejection(JPEG, min_size_px=221), "too small"),
-        (rejection(JPEG, max_aspect=1.3), "filtered: aspect"),
+        (rejection(JPEG, max_aspect=1.3), "filtered:aspect"),
         (rejection(JPEG[:-900]), decode.TRUNCATED),
     ]
     assert [(error.reason, error.columns) for error, _ in early] == [(r, {}) for _, r in early]
@@ -137,7 +137,7 @@ def test_cheap_checks_come_first() -> None:
     assert rejection(wrong_in_every_way, max_bytes=10).reason == decode.TOO_LARGE
     assert rejection(JPEG[:-900], max_pixels=10, min_size_px=900).reason == decode.BOMB
     assert rejection(JPEG[:-900], min_size_px=900, max_aspect=1.0).reason == "too small"
-    assert rejection(JPEG[:-900], max_aspect=1.0).reason == "filtered: aspect"
+    assert rejection(JPEG[:-900], max_aspect=1.0).reason == "filtered:aspect"
     assert rejection(JPEG[:-900], min_entropy=8.0).reason == decode.TRUNCATED
 
 
@@ -173,7 +173,7 @@ def test_a_single_frame_is_no_animation(image_format: str) -> None:
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_flat_pictures_are_filtered(image_format: str) -> None:
     flat = encode(Image.new("RGB", (200, 150), (200, 30, 90)), image_format)
-    assert rejection(flat, min_entropy=0.5).reason == "filtered: entropy"
+    assert rejection(flat, min_entropy=0.5).reason == "filtered:entropy"
     judge(flat, ImageSettings())
     judge(FILES[image_format], ImageSettings(min_entropy=6.0))
 
@@ -209,7 +209,7 @@ def test_a_filter_decides(image_format: str) -> None:
     plain = judge(data, ImageSettings())
     assert judge(data, ImageSettings(filter="m:f"), keep=lambda pixels, columns: True) == plain
     error = rejection(data, filter="m:f", keep=lambda pixels, columns: False)
-    assert error.reason == "filtered: m:f"
+    assert error.reason == "filtered:m:f"
     assert error.columns["format"] == image_format
 
 

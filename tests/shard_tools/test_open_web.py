@@ -259,7 +259,7 @@ def test_a_stored_plan_never_chooses_the_code(images: list[bytes], tmp_path: Pat
     done = ("pack", dataset, "--workers", "1", "--seal", "--json", "--filter", name)
     packed = shard_tools(*done).json()
     assert packed["packed"] > 0
-    assert packed["rejected"] == {f"filtered: {name}": 8 - packed["packed"]}
+    assert packed["rejected"] == {f"filtered:{name}": 8 - packed["packed"]}
 
 
 def test_duplicates_in_a_shard(images: list[bytes], tmp_path: Path) -> None:

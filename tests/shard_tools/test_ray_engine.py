@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import AccessDeniedError, CropstreamError, ShardError, StoreError, UsageError
+from pipeline.errors import CropstreamError, UsageError
 from shard_tools import engine, ray_engine
-from shard_tools.engine import STORE_PAUSES_S, WorkerDiedError, make_engine
+from shard_tools.engine import WorkerDiedError, make_engine
 from shard_tools.local_engine import LocalEngine
 from shard_tools.ray_engine import RayEngine, connect
 from tests.shard_tools.test_engine import (
@@ -20,6 +20,7 @@ from tests.shard_tools.test_engine import (
     Deadly,
     be_careful,
     die,
+    each_failure,
     fail,
     fail_unpicklably,
     first_time,
@@ -99,15 +100,7 @@ def test_a_task_that_kills_every_worker_ends_the_run(monkeypatch: pytest.MonkeyP
         list(on_ray(die).run([7]))
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "tries"),
-    [
-        ("store", StoreError, 1 + len(STORE_PAUSES_S)),
-        ("access", AccessDeniedError, 1),
-        ("shard", ShardError, 1),
-        ("bug", ZeroDivisionError, 1),
-    ],
-)
+@each_failure
 def test_failures(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

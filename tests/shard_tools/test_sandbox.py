@@ -179,7 +179,7 @@ def test_a_filter_works_inside_and_may_print(capfd: pytest.CaptureFixture[str]) 
     with sandbox_of("chatter") as sandbox:
         assert sandbox.judge(GOOD).data is GOOD
         reason, _, columns = outcome(sandbox.judge, FATAL)  # type: ignore[misc]
-    assert reason == f"filtered: {__name__}:chatter"
+    assert reason == f"filtered:{__name__}:chatter"
     assert columns == {"width": 12, "height": 8, "format": "PNG"}
     out, err = capfd.readouterr()
     assert (out, err.splitlines()[0]) == ("", "a filter may print")
