@@ -22,8 +22,17 @@ T = TypeVar("T")
 _RULES = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def load_config(schema: type[T], path: str | None, overrides: Sequence[str] = ()) -> T:
+def load_config(
+    schema: type[T],
+    path: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    other_sections: bool = False,
+) -> T:
     """Build a `schema` from a TOML file (or none) and `section.key=value` overrides.
+
+    With `other_sections` the file may have sections that the schema has not: they are somebody
+    else's and not looked at.
 
     An override's value is read as TOML (`4`, `0.1`, `true`, `[0.14, 1.0]`); what is no TOML value
     is taken as a plain string, so `loader.dataset=s3://bucket/prefix` needs no quotes.
@@ -31,6 +40,9 @@ def load_config(schema: type[T], path: str | None, overrides: Sequence[str] = ()
     Raises ConfigError naming every wrong, missing or unknown key.
     """
     tree = _read_file(path) if path else {}
+    if other_sections:
+        own = {section.name for section in dataclasses.fields(schema)}  # type: ignore[arg-type]
+        tree = {name: section for name, section in tree.items() if name in own}
     mistakes = [m for text in overrides if (m := _apply_override(tree, text))]
     config, more = _validate(schema, tree)
     mistakes += more

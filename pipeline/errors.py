@@ -6,6 +6,7 @@
     ├── StoreError                  an object store said no, or not at all
     │   ├── ObjectMissingError      no object under that key
     │   ├── ObjectChangedError      the object is not the one that was recorded
+    │   ├── ThrottledError          the store asks for fewer requests
     │   └── AccessDeniedError       credentials missing, wrong or too weak
     ├── DataError                   bytes that are not what they should be
     │   ├── ManifestError           a snapshot, commit or checkpoint manifest
@@ -49,6 +50,10 @@ class ObjectMissingError(StoreError):
 
 class ObjectChangedError(StoreError):
     """The object under the key is not the one that was recorded."""
+
+
+class ThrottledError(StoreError):
+    """The store is overloaded and asks for fewer requests (503 SlowDown, 429)."""
 
 
 class AccessDeniedError(StoreError):

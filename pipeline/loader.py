@@ -1,21 +1,27 @@
 """Batches in order, handed to the device, and the state of a run's data.
 
-A batch is a pure function of (snapshot, seed, epoch, step, rank, world size): fetching and
-decoding are spread over threads, but who does what never shows in the result. A thread decodes an
-image once and cuts all its crops into the batch's uint8 blocks; colour, blur and normalisation
-follow in batches on the device. Threads suffice because decoding, resizing and reading release the
-GIL, and they hand over without copying.
+A batch is a pure function of (snapshots, seed, epoch, step, rank, world size): who fetches and
+decodes what never shows in the result. The pixels are the work of worker processes
+(pipeline.workers), each of which fills its rows of every batch in a ring of shared memory: threads
+would take turns at the interpreter lock with the training loop. Here batches are taken over in
+order, copied to the device beside what it computes, and given their colours there. A run without a
+device has the workers do the colours, too, to the same bits.
 
-A sample that cannot be used is replaced by the next good one of its lane (the rest of its window
-first), cropped with the seed of the slot it fills, and entered in the quarantine, which the
-checkpoint carries.
+A sample that cannot be used is replaced by the next good one of its lane and entered in the
+quarantine, which the checkpoint carries.
+
+Memory of a rank: every worker some 200 MB of code, and together `loader.budget_bytes` at most of
+encoded samples; the ring, prefetch_batches + 1 batches of uint8 crops; at most 128 MiB of shards'
+indexes a worker and source. `describe` says what the first two come to.
 """
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count, takewhile
+from time import perf_counter
 from types import TracebackType
 from typing import Annotated, Any, Self
 
@@ -24,49 +30,78 @@ import torch
 from annotated_types import Ge, Gt
 from numpy.typing import NDArray
 
-from pipeline.augment import AugmentConfig, augment, draw_augment
-from pipeline.crops import CropsConfig, crop_blocks, crop_boxes, cut_crops
-from pipeline.decode import MAX_PIXELS, decode_rgb
-from pipeline.errors import DataError, SampleError, UsageError
-from pipeline.fetch import BadSample, Prefetcher, RawSample, SampleReader, pieces_in_order
+from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment_device import augment
+from pipeline.augment_host import normalize_into
+from pipeline.batches import DataSet, Replaced, Share, mean_sample_bytes, mix_data_sets
+from pipeline.crops import CropsConfig, block_shapes
+from pipeline.decode import MAX_PIXELS
+from pipeline.errors import UsageError
+from pipeline.fetch import FetchConfig
 from pipeline.manifest import Snapshot, read_snapshot
-from pipeline.order import SampleOrder, check_world_size, resolve_sizes
+from pipeline.messages import Done
+from pipeline.mixture import Mixture, Slots
+from pipeline.order import OrderSizes, check_world_size, resolve_sizes
 from pipeline.quarantine import Quarantine
+from pipeline.ring import Ring, RingLayout
+from pipeline.state import State, check_form, check_settings
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
+from pipeline.upload import Upload, Uploader
+from pipeline.workers import Workers
 
 Int64 = NDArray[np.int64]
 
-_FETCH_THREADS = 4
-_POSITION = ("epoch", "step")  # what a state says beside what never changes in a run
-_CHOSEN = ("version", "global_batch", "lanes", "chunk", "window")  # 0: whatever the state says
-_JOBS_PER_THREAD = 4  # of a batch, so that its threads finish together
+_THREADS_PER_WORKER = 8  # at most, unless set: what one interpreter keeps busy
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixPart:
+    """One of several data sets, and its part in the mixture."""
+
+    dataset: str
+    weight: Annotated[float, Gt(0)] = 1.0  # in proportion to the others'
+    version: Annotated[int, Ge(0)] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderConfig:
     """Section `loader`: which data, in which order, with which means."""
 
-    dataset: str  # prefix of a packed data set: s3://bucket/prefix, file:///path or a path
+    dataset: str = ""  # prefix of a packed data set: s3://bucket/prefix, file:///path or a path
     version: Annotated[int, Ge(0)] = 0  # of the snapshot; 0 is the latest at first launch
+    mix: tuple[MixPart, ...] = ()  # several data sets, in place of `dataset`
     global_batch: Annotated[int, Gt(0)] = 4096  # images a step over all ranks
     lanes: Annotated[int, Ge(0)] = 0  # 0: chosen at first launch, as are chunk and window
     chunk: Annotated[int, Ge(0)] = 0  # samples of one read
     window: Annotated[int, Ge(0)] = 0  # chunks mixed inside a lane
-    threads: Annotated[int, Ge(0)] = 0  # decoding, a rank; 0: the cores a rank has to itself
+    workers: Annotated[int, Ge(-1)] = -1  # processes a rank; -1: by its cores; 0: none
+    threads: Annotated[int, Ge(0)] = 0  # decoding, a worker; 0: by the cores
     budget_bytes: Annotated[int, Gt(0)] = 2 << 30  # encoded samples in flight or held, a rank
     prefetch_batches: Annotated[int, Gt(0)] = 2
     max_bad_samples: Annotated[int, Ge(0)] = 1000  # distinct ones, before the run fails
     max_image_pixels: Annotated[int, Gt(0)] = MAX_PIXELS  # larger images count as bad
+    decode_timeout_s: Annotated[float, Gt(0)] = 20.0  # for one image, before its worker is killed
+
+    def __post_init__(self) -> None:
+        if bool(self.dataset) == bool(self.mix):
+            raise ValueError("set dataset to a packed data set's prefix, or mix to several of them")
+        if self.mix and self.version:
+            raise ValueError("version is that of dataset; give one to each table of mix instead")
+
+    @property
+    def parts(self) -> tuple[MixPart, ...]:
+        """The data sets of the run, one or several."""
+        return self.mix or (MixPart(dataset=self.dataset, version=self.version),)
 
 
 @dataclass(frozen=True)
 class Batch:
     """One rank's share of a step.
 
-    samples: int64 [B], sample numbers of the snapshot, as ordered (before any substitution).
+    samples: int64 [B], numbers over all data sets, as ordered (before any substitution).
     crops: one float32 tensor a resolution on the device, [count * B, 3, s, s], crop-major,
-    normalised.
+    channels last, normalised.
     """
 
     epoch: int
@@ -75,36 +110,59 @@ class Batch:
     crops: list[torch.Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CutBatch:
-    """A batch before its colours, which threads fill.
+    """A batch before its colours, on the host.
 
-    blocks: one uint8 tensor a resolution, [count, B, 3, s, s], on the host.
+    blocks: uint8 [count, B, s, s, 3], one a resolution, in the memory that workers fill; asking for
+    the next batch gives them back.
     """
 
     epoch: int
     step: int
     samples: Int64
-    blocks: list[torch.Tensor]
-    jobs: list[Future[None]] = field(default_factory=list)
-    copied: torch.cuda.Event | None = None  # when the device has its own copy
+    blocks: list[NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """A batch that the workers have filled; `blocks` are the ring's memory."""
+
+    epoch: int
+    step: int
+    slots: Slots
+    blocks: list[NDArray[np.uint8]]
+    replaced: list[Replaced]
+
+    @property
+    def samples(self) -> Int64:
+        return self.slots.global_numbers
+
+    def batch(self, crops: list[torch.Tensor]) -> Batch:
+        return Batch(self.epoch, self.step, self.samples, crops)
 
 
 class MultiCropLoader:
     """Endless batches of multi-crops from the position of its state on.
 
     Args:
+        fetch: how workers read from the store.
         seed: of order, crops and colour.
         local_world_size: ranks that share this machine's cores.
         device: where the crops of a batch end up.
         epochs: stop after so many; None never stops.
         state, quarantine: where to go on, and the bad samples known by then, of a checkpoint.
+        record_spans: keep every timed block for `telemetry.take_spans`.
 
-    Use it as a context manager, or call `close`: it owns threads. After a batch was yielded,
-    `state_dict` is the position behind that batch.
+    Use it as a context manager, or call `close`: it owns processes. They start when iteration
+    begins. After a batch was yielded, `state_dict` is the position behind that batch.
+
+    `telemetry` gets, beside what workers count: `data_wait_s`, how long the training loop waited,
+    which is `wait_fetch_s` until the last sample's bytes had arrived, `wait_decode_s` until its
+    crops were cut, and `wait_handover_s`; `transfer_s`, `augment_s`, `worker_restarts`.
 
     Raises UsageError for sizes that do not fit, ManifestError without a sealed data set, DataError
-    when more than `max_bad_samples` had to be replaced.
+    when more than `max_bad_samples` had to be replaced or a worker dies again and again.
     """
 
     def __init__(
@@ -113,106 +171,119 @@ class MultiCropLoader:
         crops: CropsConfig,
         augmentation: AugmentConfig,
         *,
+        fetch: FetchConfig = FetchConfig(),  # noqa: B008 - frozen
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         local_world_size: int = 1,
         device: torch.device | str = "cpu",
         epochs: int | None = None,
-        state: dict[str, Any] | None = None,
+        state: State | None = None,
         quarantine: Iterable[Mapping[str, Any]] = (),
+        record_spans: bool = False,
     ) -> None:
         self.config = config
         self.crops = crops
         self.augmentation = augmentation
+        self.fetch = fetch
         self.rank = rank
         self.world_size = world_size
         self.local_world_size = local_world_size
         self.device = torch.device(device)
         self.epochs = epochs
-        self.telemetry = Telemetry()
+        self.telemetry = Telemetry(record_spans=record_spans)
         if state is not None:
-            asked = {name: getattr(config, name) for name in _CHOSEN}
-            _check_unchanged({name: value for name, value in asked.items() if value}, state)
-        self.store = open_store(config.dataset)
-        wanted = state["version"] if state else config.version or None
-        self.snapshot = read_snapshot(self.store, wanted)
-        self.order = self._resolve_order(seed, state)
+            _check_asked(config, state)
+        self.snapshots = _read_snapshots(config, state)
+        self.data_sets, self.mixture = self._resolve_order(seed, state)
+        self.lanes = self.mixture.lanes_of(rank, world_size)
         self._ahead_bytes = self._in_flight_bytes()
         self.quarantine = Quarantine(
-            config.dataset, limit=config.max_bad_samples, entries=quarantine
+            ", ".join(each.url for each in self.data_sets),
+            limit=config.max_bad_samples,
+            entries=quarantine,
         )
-        self._epoch, self._step = 0, 0
-        self._workers: _Workers | None = None
-        self._copies = _copy_stream(self.device)
+        self._step = 0  # the next, counted from the beginning of the run
+        self._stop: Callable[[], None] | None = None
         if state is not None:
             self.load_state_dict(state)
 
     @property
     def batch_size(self) -> int:
         """Images a step of this rank."""
-        return self.order.global_batch // self.world_size
+        return self.mixture.global_batch // self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.order.num_steps
+        return self.mixture.num_steps
+
+    @property
+    def num_samples(self) -> int:
+        """Of all data sets."""
+        return self.mixture.num_samples
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last yielded batch, and all that the order depends on."""
+        epoch, step = divmod(self._step, self.steps_per_epoch)
         return {
-            "version": self.snapshot.version,
-            "num_samples": self.order.num_samples,
-            "seed": self.order.seed,
-            "epoch": self._epoch,
-            "step": self._step,
-            "global_batch": self.order.global_batch,
-            "lanes": self.order.lanes,
-            "chunk": self.order.chunk,
-            "window": self.order.window,
+            "seed": self.mixture.seed,
+            "epoch": epoch,
+            "step": step,
+            "global_batch": self.mixture.global_batch,
+            "lanes": self.mixture.lanes,
+            "sources": [
+                {
+                    "version": each.version,
+                    "num_samples": snapshot.num_kept,
+                    "chunk": each.chunk,
+                    "window": each.window,
+                    "weight": each.weight,
+                }
+                for each, snapshot in zip(self.data_sets, self.snapshots, strict=True)
+            ],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go to a saved position. Raises UsageError if the configuration contradicts the state."""
-        mine = self.state_dict()
-        _check_unchanged({name: mine[name] for name in mine if name not in _POSITION}, state)
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        check_form(state, len(self.data_sets))
+        check_settings(self.state_dict(), state)
+        self._step = int(state["epoch"]) * self.steps_per_epoch + int(state["step"])
+
+    def describe(self) -> str:
+        """What is loaded, and with which means, in a line for the log."""
+        sources = ", ".join(
+            f"{snapshot.num_kept} images of {each.url} (version {each.version}, chunk "
+            f"{each.chunk}, window {each.window}"
+            f"{f', weight {each.weight:g}' if self.config.mix else ''})"
+            for each, snapshot in zip(self.data_sets, self.snapshots, strict=True)
+        )
+        workers, threads = self._num_workers()
+        means = f"{workers} worker(s)" if workers else "no worker processes,"
+        return (
+            f"{sources}; lanes {self.mixture.lanes}, {self.world_size} rank(s) of "
+            f"{self.batch_size} images, each with {means} of {threads} thread(s), at most "
+            f"{self._ahead_bytes / 2**20:.0f} MiB in flight and "
+            f"{self._layout().size_bytes / 2**20:.0f} MiB of crops"
+        )
 
     def __iter__(self) -> Iterator[Batch]:
-        for cut in self.cut_batches():
-            with self.telemetry.timed("augment_s"):
-                crops = self._to_device(cut)
-            yield Batch(cut.epoch, cut.step, cut.samples, crops)
+        on_cuda = self.device.type == "cuda"
+        return self._iterate_cuda() if on_cuda else self._iterate_host()
 
     def cut_batches(self) -> Iterator[CutBatch]:
-        """The batches before colour, on the host; asking for the next reuses one's blocks."""
-        self.close()
-        positions = self._positions(self._epoch, self._step)
-        pending: deque[CutBatch] = deque()
-        free = [self._new_blocks() for _ in range(self.config.prefetch_batches + 1)]
-        workers = self._workers = self._start()
-        try:
-            while True:
-                while free and (position := next(positions, None)) is not None:
-                    pending.append(self._submit(workers, *position, free.pop()))
-                if not pending:
-                    return
-                batch = pending.popleft()
-                with self.telemetry.timed("data_wait_s"):
-                    for job in batch.jobs:
-                        job.result()
-                self._epoch, self._step = self._behind(batch.epoch, batch.step)
-                yield batch
-                if batch.copied is not None:
-                    batch.copied.synchronize()
-                free.append(batch.blocks)
-        finally:
-            workers.stop()
+        """The batches before colour, on the host; asking for the next gives one's blocks back."""
+        with self._working(colour=False) as (workers, ring):
+            for step in self._steps():
+                taken = self._take_over(workers, ring, step)
+                self._hand_out(taken)
+                yield CutBatch(taken.epoch, taken.step, taken.samples, taken.blocks)
+                self._allow(workers, step + 1 + ring.layout.num_slots)
 
     def close(self) -> None:
-        """Stop the threads; nothing is left behind."""
-        if self._workers is not None:
-            self._workers.stop()
-            self._workers = None
+        """End the workers; nothing is left behind."""
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
 
     def __enter__(self) -> Self:
         return self
@@ -225,31 +296,179 @@ class MultiCropLoader:
     ) -> None:
         self.close()
 
-    def _resolve_order(self, seed: int, state: dict[str, Any] | None) -> SampleOrder:
+    def _iterate_host(self) -> Iterator[Batch]:
+        """Workers give the colours, too; what is left is normalising."""
+        with self._working(colour=True) as (workers, ring):
+            for step in self._steps():
+                taken = self._take_over(workers, ring, step)
+                with self.telemetry.timed("augment_s"):
+                    crops = [self._normalize(block) for block in taken.blocks]
+                self._hand_out(taken)
+                self._allow(workers, step + 1 + ring.layout.num_slots)
+                yield taken.batch(crops)
+
+    def _iterate_cuda(self) -> Iterator[Batch]:
+        """The next batch's copy begins before a batch is handed out, if it is there by then."""
+        with self._working(colour=False) as (workers, ring):
+            uploader = Uploader(self.device, ring.slots, self.telemetry)
+            try:
+                ahead: deque[tuple[_Taken, Upload]] = deque()
+                for step in self._steps():
+                    if not ahead:
+                        ahead.append(self._bring(workers, ring, uploader, step))
+                    taken, upload = ahead.popleft()
+                    if workers.is_done(step + 1):
+                        ahead.append(self._bring(workers, ring, uploader, step + 1))
+                    with self.telemetry.timed("augment_s"):
+                        crops = self._augment(taken.slots, upload.use())
+                    self._hand_out(taken)
+                    yield taken.batch(crops)
+            finally:
+                uploader.close()
+
+    def _bring(
+        self, workers: Workers, ring: Ring, uploader: Uploader, step: int
+    ) -> "tuple[_Taken, Upload]":
+        """Take a batch over and begin to copy it; slots are free once no copy reads them."""
+        num_slots = ring.layout.num_slots
+        self._allow(workers, step - uploader.num_busy(at_most=num_slots - 1) + num_slots)
+        taken = self._take_over(workers, ring, step)
+        return taken, uploader.upload(taken.blocks)
+
+    def _allow(self, workers: Workers, limit: int) -> None:
+        """Let the steps before `limit` be filled, those of the run."""
+        workers.allow(limit if self._end is None else min(limit, self._end))
+
+    @property
+    def _end(self) -> int | None:
+        """The step after the last of the run; None without one."""
+        return None if self.epochs is None else self.epochs * self.steps_per_epoch
+
+    def _steps(self) -> Iterator[int]:
+        """From the position on, counted from the beginning of the run."""
+        return takewhile(lambda step: self._end is None or step < self._end, count(self._step))
+
+    @contextmanager
+    def _working(self, *, colour: bool) -> Iterator[tuple[Workers, Ring]]:
+        """Workers that fill the batches from our position on, in slots that are all free."""
+        self.close()
+        ring = Ring.create(self._layout())
+        workers = Workers(
+            self._shares(colour=colour),
+            ring,
+            step=self._step,
+            in_process=self._num_workers()[0] == 0,
+            decode_timeout_s=self.config.decode_timeout_s,
+            telemetry=self.telemetry,
+            rank=self.rank,
+            num_steps=self.steps_per_epoch,
+        )
+
+        def stop() -> None:
+            workers.close()
+            ring.close()
+
+        self._stop = stop
+        try:
+            self._allow(workers, self._step + ring.layout.num_slots)
+            yield workers, ring
+        finally:
+            stop()
+
+    def _take_over(self, workers: Workers, ring: Ring, step: int) -> "_Taken":
+        """Wait until a batch is filled."""
+        start = perf_counter()
+        done = workers.wait(step)
+        self._account(start, perf_counter(), done)
+        epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+        slots = self.mixture.slots(epoch, step_of_epoch, self.lanes)
+        blocks = ring.blocks(step % ring.layout.num_slots)
+        replaced = [each for worker in done for each in worker.replaced]
+        return _Taken(epoch, step_of_epoch, slots, blocks, replaced)
+
+    def _account(self, start: float, end: float, done: Sequence[Done]) -> None:
+        """Split the time we waited at the moments when bytes and crops were complete."""
+        arrived = min(max(start, *(each.arrived_s for each in done)), end)
+        cut = min(max(arrived, *(each.done_s for each in done)), end)
+        self.telemetry.record("data_wait_s", start, end)
+        self.telemetry.add(
+            wait_fetch_s=arrived - start, wait_decode_s=cut - arrived, wait_handover_s=end - cut
+        )
+
+    def _hand_out(self, taken: "_Taken") -> None:
+        """A batch goes to the training loop now, and with it what was wrong with its samples."""
+        for bad, substitute in taken.replaced:
+            self.quarantine.add(bad, epoch=taken.epoch, step=taken.step, substitute=substitute)
+        self._step = taken.epoch * self.steps_per_epoch + taken.step + 1
+
+    def _normalize(self, block: NDArray[np.uint8]) -> torch.Tensor:
+        pixels = torch.empty(block.shape, dtype=torch.float32)
+        normalize_into(block, pixels.numpy(), self.augmentation)
+        return pixels.flatten(0, 1).permute(0, 3, 1, 2)
+
+    def _augment(self, slots: Slots, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        crops, first = [], 0
+        for pixels in groups:
+            num_crops = len(pixels) // self.batch_size
+            params = draw_augment(
+                self.augmentation,
+                seed=self.mixture.seed,
+                epoch=slots.epoch,
+                samples=slots.global_numbers,
+                crop_indices=range(first, first + num_crops),
+            )
+            crops.append(augment(pixels, params, self.augmentation))
+            first += num_crops
+        return crops
+
+    def _resolve_order(self, seed: int, state: State | None) -> tuple[tuple[DataSet, ...], Mixture]:
         """The constants of the configuration; where it leaves a choice, those of the state."""
-        config, snapshot = self.config, self.snapshot
-        chosen = state or {}
-        sizes = resolve_sizes(
+        lanes = self.config.lanes or (state["lanes"] if state else 0)
+        data_sets = []
+        for number, (part, snapshot) in enumerate(
+            zip(self.config.parts, self.snapshots, strict=True)
+        ):
+            sizes = self._resolve_sizes(snapshot, lanes, state["sources"][number] if state else {})
+            lanes = sizes.lanes
+            data_sets.append(
+                DataSet(
+                    url=part.dataset,
+                    version=snapshot.version,
+                    chunk=sizes.chunk,
+                    window=sizes.window,
+                    weight=part.weight,
+                )
+            )
+        check_world_size(lanes, self.world_size)
+        mixture = mix_data_sets(
+            data_sets,
+            self.snapshots,
+            global_batch=self.config.global_batch,
+            lanes=lanes,
+            seed=seed,
+        )
+        return tuple(data_sets), mixture
+
+    def _resolve_sizes(self, snapshot: Snapshot, lanes: int, chosen: State) -> OrderSizes:
+        config = self.config
+        return resolve_sizes(
             global_batch=config.global_batch,
             world_size=self.world_size,
             mean_sample_bytes=mean_sample_bytes(snapshot),
             num_samples=snapshot.num_kept,
-            lanes=config.lanes or chosen.get("lanes", 0),
+            lanes=lanes,
             chunk=config.chunk or chosen.get("chunk", 0),
             window=config.window or chosen.get("window", 0),
-            budget_bytes=config.budget_bytes,
+            budget_bytes=config.budget_bytes // len(config.parts),
         )
-        order = SampleOrder(
-            snapshot.num_kept, global_batch=config.global_batch, seed=seed, **asdict(sizes)
-        )
-        check_world_size(order.lanes, self.world_size)
-        return order
 
     def _in_flight_bytes(self) -> int:
-        """What this rank reads ahead: one chunk more than a window, for each of its lanes."""
-        order = self.order
-        chunk_bytes = order.chunk * mean_sample_bytes(self.snapshot)
-        needed = round(order.lanes / self.world_size * (order.window + 1) * chunk_bytes)
+        """What this rank reads ahead: one chunk more than a window, of each source and lane."""
+        chunk_bytes = [
+            (each.window + 1) * each.chunk * mean_sample_bytes(snapshot)
+            for each, snapshot in zip(self.data_sets, self.snapshots, strict=True)
+        ]
+        needed = round(len(self.lanes) * sum(chunk_bytes))
         if needed > self.config.budget_bytes:
             raise UsageError(
                 f"the order keeps {needed >> 20} MiB of samples in flight on every rank, more than "
@@ -258,171 +477,76 @@ class MultiCropLoader:
             )
         return needed
 
-    def _positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
-        while self.epochs is None or epoch < self.epochs:
-            yield epoch, step
-            epoch, step = self._behind(epoch, step)
+    def _num_workers(self) -> tuple[int, int]:
+        """Processes, and threads of each: all the cores that this rank has to itself."""
+        cores = max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        workers = self.config.workers
+        if workers < 0:
+            workers = -(-cores // _THREADS_PER_WORKER)
+        workers = min(workers, len(self.lanes))
+        return workers, self.config.threads or max(1, cores // max(1, workers))
 
-    def _behind(self, epoch: int, step: int) -> tuple[int, int]:
-        return (epoch, step + 1) if step + 1 < self.order.num_steps else (epoch + 1, 0)
+    def _layout(self) -> RingLayout:
+        workers, threads = self._num_workers()
+        return RingLayout(
+            shapes=tuple(block_shapes(self.crops, self.batch_size)),
+            num_slots=self.config.prefetch_batches + 1,
+            num_workers=max(1, workers),
+            threads=threads,
+        )
 
-    def _start(self) -> "_Workers":
-        reader = SampleReader(self.store, self.snapshot, self.telemetry)
-        prefetcher = Prefetcher(
-            reader,
-            pieces_in_order(self._windows(self._epoch, self._step), self.order.chunk),
+    def _shares(self, *, colour: bool) -> list[Share]:
+        """Every worker's part: consecutive lanes, and its part of what a rank may use."""
+        workers, threads = self._num_workers()
+        bounds = np.linspace(self.lanes.start, self.lanes.stop, max(1, workers) + 1).astype(int)
+        per_lane = self.mixture.global_batch // self.mixture.lanes
+        everything = Share(
+            data_sets=self.data_sets,
+            global_batch=self.mixture.global_batch,
+            all_lanes=self.mixture.lanes,
+            seed=self.mixture.seed,
+            epochs=self.epochs,
+            lanes=self.lanes,
+            first_row=0,
+            crops=self.crops,
+            augmentation=self.augmentation if colour else None,
+            fetch=self.fetch,
             ahead_bytes=self._ahead_bytes,
-            sample_bytes=mean_sample_bytes(self.snapshot),
-            threads=_FETCH_THREADS,
+            threads=threads,
+            max_image_pixels=self.config.max_image_pixels,
+            record_spans=self.telemetry.record_spans,
+            known=self.quarantine.known(),
         )
-        threads = ThreadPoolExecutor(self._num_threads(), thread_name_prefix="decode")
-        return _Workers(reader, prefetcher, threads)
-
-    def _num_threads(self) -> int:
-        cores = len(os.sched_getaffinity(0))
-        return self.config.threads or max(1, cores // self.local_world_size)
-
-    def _windows(self, epoch: int, step: int) -> Iterator[tuple[int, list[int]]]:
-        """All windows of this rank from a step on, without what was already served."""
-        order = self.order
-        size = order.window * order.chunk
-        lanes = order.lanes_of(self.rank, self.world_size)
-        place = step * (order.global_batch // order.lanes)
-        while self.epochs is None or epoch < self.epochs:
-            while place < order.samples_per_lane:
-                for lane in lanes:
-                    window = order.window_of(epoch, lane, place)
-                    yield epoch, window[place % size :].tolist()
-                place = (place // size + 1) * size
-            epoch, place = epoch + 1, 0
-
-    def _new_blocks(self) -> list[torch.Tensor]:
-        return crop_blocks(self.crops, self.batch_size, pin_memory=self.device.type == "cuda")
-
-    def _submit(
-        self, workers: "_Workers", epoch: int, step: int, blocks: list[torch.Tensor]
-    ) -> CutBatch:
-        samples = self.order.batch(epoch, step, self.rank, self.world_size)
-        batch = CutBatch(epoch, step, samples, blocks)
-        parts = min(len(samples), self._num_threads() * _JOBS_PER_THREAD)
-        for slots in np.array_split(np.arange(len(samples)), parts):
-            batch.jobs.append(workers.threads.submit(self._fill, workers, batch, slots.tolist()))
-        return batch
-
-    def _to_device(self, batch: CutBatch) -> list[torch.Tensor]:
-        crops, first = [], 0
-        for block in batch.blocks:
-            count = block.shape[0]
-            params = draw_augment(
-                self.augmentation,
-                seed=self.order.seed,
-                epoch=batch.epoch,
-                samples=batch.samples,
-                crop_indices=range(first, first + count),
+        return [
+            replace(
+                everything,
+                lanes=range(start, stop),
+                first_row=(start - self.lanes.start) * per_lane,
+                ahead_bytes=self._ahead_bytes * (stop - start) // len(self.lanes),
+                fetch=replace(self.fetch, requests=max(1, self.fetch.requests // max(1, workers))),
             )
-            pixels = self._upload(batch, block.flatten(0, 1))
-            crops.append(augment(pixels, params, self.augmentation))
-            first += count
-        return crops
-
-    def _upload(self, batch: CutBatch, pixels: torch.Tensor) -> torch.Tensor:
-        """Copy to the device beside what it computes; the host waits before it reuses the block."""
-        if self._copies is None:
-            return pixels
-        with torch.cuda.stream(self._copies):
-            uploaded = pixels.to(self.device, non_blocking=True)
-            batch.copied = self._copies.record_event()
-        computing = torch.cuda.current_stream(self.device)
-        computing.wait_stream(self._copies)
-        uploaded.record_stream(computing)
-        return uploaded
-
-    def _fill(self, workers: "_Workers", batch: CutBatch, slots: list[int]) -> None:
-        """Decode the images of some slots of a batch and cut their crops into its blocks."""
-        numbers = batch.samples[slots]
-        images = [self._image(workers, batch, slot) for slot in slots]
-        with self.telemetry.timed("crop_s"):
-            boxes = crop_boxes(
-                self.crops,
-                seed=self.order.seed,
-                epoch=batch.epoch,
-                sample=numbers,
-                width_px=[image.shape[1] for image in images],
-                height_px=[image.shape[0] for image in images],
-            )
-            for slot, image, box in zip(slots, images, boxes, strict=True):
-                cut_crops(image, box, [block[:, slot] for block in batch.blocks])
-
-    def _image(self, workers: "_Workers", batch: CutBatch, slot: int) -> NDArray[np.uint8]:
-        image = self._decode(workers.prefetcher.take(batch.epoch, int(batch.samples[slot])))
-        if isinstance(image, BadSample):
-            return self._substitute(workers, batch, slot, image)
-        return image
-
-    def _decode(self, sample: RawSample | BadSample) -> NDArray[np.uint8] | BadSample:
-        if isinstance(sample, BadSample):
-            return sample
-        limits = {"max_pixels": self.config.max_image_pixels, "max_bytes": len(sample.data)}
-        try:
-            with self.telemetry.timed("decode_s"):
-                return decode_rgb(sample.data, **limits)
-        except SampleError as error:
-            return BadSample(sample.number, sample.key, sample.shard, str(error))
-
-    def _substitute(
-        self, workers: "_Workers", batch: CutBatch, slot: int, bad: BadSample
-    ) -> NDArray[np.uint8]:
-        """The first good sample of the order's replacements; the bad one is remembered."""
-        per_lane = self.order.global_batch // self.order.lanes
-        lane_of_rank, place_of_step = divmod(slot, per_lane)
-        lane = self.order.lanes_of(self.rank, self.world_size)[lane_of_rank]
-        place = batch.step * per_lane + place_of_step
-        for number in self.order.replacements(batch.epoch, lane, place):
-            if number in self.quarantine:
-                continue
-            image = self._decode(workers.reader.read(number, number)[0])
-            if not isinstance(image, BadSample):
-                self.telemetry.add(substituted_samples=1)
-                self.quarantine.add(bad, epoch=batch.epoch, step=batch.step, substitute=number)
-                return image
-            self.quarantine.note(number)
-        raise DataError(
-            f"no sample of lane {lane} can be used; the last was {bad.key or bad.number} of "
-            f"{bad.shard}: {bad.reason}; run `python -m shard_tools verify {self.config.dataset}`"
-        )
+            for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        ]
 
 
-@dataclass(frozen=True)
-class _Workers:
-    """The threads of one iteration."""
-
-    reader: SampleReader
-    prefetcher: Prefetcher
-    threads: ThreadPoolExecutor
-
-    def stop(self) -> None:
-        """End them now; more than once is no error."""
-        self.reader.close()
-        self.threads.shutdown(wait=True, cancel_futures=True)
-        self.prefetcher.close()
+def _read_snapshots(config: LoaderConfig, state: State | None) -> list[Snapshot]:
+    """Those of the state; of a new run the configured or the latest."""
+    versions = [part.version or None for part in config.parts]
+    if state is not None:
+        versions = [source["version"] for source in state["sources"]]
+    stores = [open_store(part.dataset) for part in config.parts]
+    return [read_snapshot(store, version) for store, version in zip(stores, versions, strict=True)]
 
 
-def _copy_stream(device: torch.device) -> torch.cuda.Stream | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _check_unchanged(mine: dict[str, Any], state: dict[str, Any]) -> None:
-    for name, value in mine.items():
-        if value != state[name]:
-            section = "train" if name == "seed" else "loader"
-            raise UsageError(
-                f"{section}.{name} is {value}, but the checkpoint was written with {state[name]}; "
-                f"set it back, or start a new run under another checkpoint.run"
-            )
-
-
-def mean_sample_bytes(snapshot: Snapshot) -> float:
-    """Bytes of shard a kept sample: what a read of many costs, each."""
-    return float(np.sum(snapshot.tar_bytes)) / max(1, snapshot.num_kept)
+def _check_asked(config: LoaderConfig, state: State) -> None:
+    """Whatever the configuration does not leave open must be what the state says."""
+    check_form(state, len(config.parts))
+    mine = {name: getattr(config, name) for name in ("global_batch", "lanes")}
+    sources: list[dict[str, float]] = [
+        {"version": part.version, "chunk": config.chunk, "window": config.window}
+        for part in config.parts
+    ]
+    if config.mix:
+        for part, source in zip(config.parts, sources, strict=True):
+            source["weight"] = part.weight
+    check_settings({**mine, "sources": sources}, state)

@@ -1,7 +1,6 @@
-"""Which sample comes when: a pure function (seed, epoch, position) -> sample number, in memory
-O(1).
+"""Which sample comes when: a pure function (seed, epoch, position) -> sample number, memory O(1).
 
-Called by the loader. Nothing is shuffled or materialised: every permutation is a keyed Feistel
+Called by mixture. Nothing is shuffled or materialised: every permutation is a keyed Feistel
 network over the smallest even-bit domain that holds its n values, walked along its cycles until it
 lands below n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). So the order of
 ten billion samples costs what the order of ten costs, and the state of a run is two integers
@@ -10,8 +9,8 @@ ten billion samples costs what the order of ten costs, and the state of a run is
     sample   the number of a kept row of the snapshot, 0 … N-1, shard after shard
     chunk    `chunk` consecutive samples: one ranged read
     position where a sample stands in an epoch's sequence of permuted chunks
-    lane     an equal span of positions; a global batch takes global_batch / lanes samples from
-    every lane window   `window` chunks' worth of a lane's positions, permuted among themselves
+    lane     an equal span of positions; a global batch takes global_batch / lanes samples of each
+    window   `window` chunks' worth of a lane's positions, permuted among themselves
 
 A batch is lane-major and a rank owns consecutive lanes, so the batches of the ranks, concatenated,
 are the batch of a world of one: the world size never changes what is trained on.
@@ -39,8 +38,7 @@ class SampleOrder:
     Args:
         num_samples: N, kept rows of the snapshot.
         global_batch: G, samples a step over all ranks. Fewer than G samples are left out of an
-        epoch, and
-            others in every epoch.
+            epoch, and others in every epoch.
         lanes: a divisor of G; every world size that may ever train must divide it.
         chunk: R, consecutive samples of one read.
         window: chunks whose samples are mixed inside a lane.
@@ -108,29 +106,33 @@ class SampleOrder:
         for other in (*range(start + size, self.samples_per_lane, size), *range(0, start, size)):
             yield from self.window_of(epoch, lane, other).tolist()
 
-    def sample_at(self, epoch: int, lane: Int64, place: Int64) -> Int64:
+    def sample_at(self, epoch: int | Int64, lane: Int64, place: Int64) -> Int64:
         """The sample at `place` (0 … samples_per_lane - 1) of `lane`, elementwise."""
         size = self.window * self.chunk
         window, offset = np.divmod(place, size)
         length = np.minimum(size, self.samples_per_lane - window * size)
         key = _key(self.seed, epoch, _WINDOW, lane, window)
-        shuffled = window * size + _permute(offset, length, key)
+        shuffled = window * size + permute(offset, length, key)
         return self._sample_at_position(epoch, lane * self.samples_per_lane + shuffled)
 
-    def _sample_at_position(self, epoch: int, position: Int64) -> Int64:
+    def _sample_at_position(self, epoch: int | Int64, position: Int64) -> Int64:
         """Walk the sequence of permuted chunks, in which one chunk may be short."""
-        key = _key(self.seed, epoch, _CHUNKS)
-        last = self.num_chunks - 1
-        short = self.num_samples - last * self.chunk
-        short_slot = int(_unpermute(_ints(last), _ints(self.num_chunks), key)[0])
-        short_start = short_slot * self.chunk
+        epochs, which = np.unique(np.atleast_1d(epoch), return_inverse=True)
+        keys = _key(self.seed, epochs, _CHUNKS)
+        short_start = self._slots_of_last_chunk(keys)[which] * self.chunk
+        short = self.num_samples - (self.num_chunks - 1) * self.chunk
         after = position >= short_start + short
         virtual: Int64 = np.where(after, position + (self.chunk - short), position)
         slot, offset = np.divmod(virtual, self.chunk)
-        chunk = _permute(
-            slot, np.full_like(slot, self.num_chunks), np.broadcast_to(key, slot.shape)
+        chunk = permute(
+            slot, np.full_like(slot, self.num_chunks), np.broadcast_to(keys[which], slot.shape)
         )
         return chunk * self.chunk + offset
+
+    def _slots_of_last_chunk(self, keys: UInt64) -> Int64:
+        """Where the last chunk, the one that may be short, stands: by the key of each epoch."""
+        sizes = np.full(keys.shape, self.num_chunks, dtype=np.int64)
+        return _unpermute(sizes - 1, sizes, keys)
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,16 @@ def check_world_size(lanes: int, world_size: int) -> None:
         )
 
 
+def check_batch(global_batch: int, lanes: int) -> None:
+    """Raise UsageError when a global batch cannot be dealt evenly to the lanes."""
+    _check_positive(global_batch=global_batch, lanes=lanes)
+    if global_batch % lanes:
+        raise UsageError(
+            f"loader.lanes={lanes} does not divide loader.global_batch={global_batch}; "
+            f"choose a divisor, or 0 to have it chosen"
+        )
+
+
 def _default_lanes(global_batch: int, world_size: int) -> int:
     for lanes in range(min(global_batch, max(64, world_size)), 0, -1):
         if global_batch % lanes == 0 and lanes % world_size == 0:
@@ -192,32 +204,23 @@ def _default_lanes(global_batch: int, world_size: int) -> int:
 
 
 def _check_sizes(num_samples: int, global_batch: int, lanes: int, chunk: int, window: int) -> None:
-    for name, value in (
-        ("global_batch", global_batch),
-        ("lanes", lanes),
-        ("chunk", chunk),
-        ("window", window),
-    ):
-        if value < 1:
-            raise UsageError(f"loader.{name} is {value}; it must be at least 1")
+    _check_positive(chunk=chunk, window=window)
+    check_batch(global_batch, lanes)
     if num_samples < global_batch:
         raise UsageError(
             f"the data set keeps {num_samples} samples, fewer than one global batch of "
             f"{global_batch}; lower loader.global_batch or add images"
         )
-    if global_batch % lanes:
-        raise UsageError(
-            f"loader.lanes={lanes} does not divide loader.global_batch={global_batch}; "
-            f"choose a divisor, or 0 to have it chosen"
-        )
+
+
+def _check_positive(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 1:
+            raise UsageError(f"loader.{name} is {value}; it must be at least 1")
 
 
 def _either(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:-1])) + (" or " if numbers[1:] else "") + str(numbers[-1])
-
-
-def _ints(value: int) -> Int64:
-    return np.array([value], dtype=np.int64)
 
 
 def _key(*parts: int | Int64) -> UInt64:
@@ -225,13 +228,13 @@ def _key(*parts: int | Int64) -> UInt64:
     return np.atleast_1d(mix64(*parts))
 
 
-def _permute(value: Int64, size: Int64, key: UInt64) -> Int64:
-    """Keyed permutation of 0 … size-1, elementwise in value, size and key."""
+def permute(value: Int64, size: Int64, key: UInt64) -> Int64:
+    """Keyed permutation of 0 … size-1, elementwise in value, size and key, all of one shape."""
     return _walk(value, size, key, range(_ROUNDS))
 
 
 def _unpermute(value: Int64, size: Int64, key: UInt64) -> Int64:
-    """The inverse of `_permute`."""
+    """The inverse of `permute`."""
     return _walk(value, size, key, range(_ROUNDS - 1, -1, -1))
 
 

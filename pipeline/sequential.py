@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.augment import AugmentConfig
-from pipeline.crops import cut_crops
-from pipeline.decode import decode_rgb
+from pipeline.augment_device import normalize
+from pipeline.crops import decode_crops
+from pipeline.decode import guard_header
 from pipeline.errors import SampleError
-from pipeline.fetch import RawSample, SampleReader
 from pipeline.loader import LoaderConfig
 from pipeline.manifest import read_snapshot
+from pipeline.samples import BadSample, RawSample, SampleReader
 from pipeline.store import Store, open_store
 from pipeline.telemetry import Telemetry
 
@@ -61,8 +62,9 @@ class SequentialLoader:
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         reader = SampleReader(self.store, self.snapshot, self.telemetry)
-        with ThreadPoolExecutor(_THREADS, thread_name_prefix="evaluate") as threads:
-            ahead: deque[Future[EvaluationBatch | None]] = deque()
+        threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="evaluate")
+        ahead: deque[Future[EvaluationBatch | None]] = deque()
+        try:
             for first in self._firsts():
                 ahead.append(threads.submit(self._load, reader, first))
                 if len(ahead) > 2 * _THREADS and (batch := ahead.popleft().result()):
@@ -70,6 +72,9 @@ class SequentialLoader:
             for future in ahead:
                 if batch := future.result():
                     yield batch
+        finally:
+            reader.close()
+            threads.shutdown(cancel_futures=True)
 
     def _firsts(self) -> range:
         stride = self.batch_size * self.world_size
@@ -77,36 +82,33 @@ class SequentialLoader:
 
     def _load(self, reader: SampleReader, first: int) -> EvaluationBatch | None:
         last = min(first + self.batch_size, self.snapshot.num_kept) - 1
-        numbers, labels, images = [], [], []
-        for sample in reader.read(first, last):
-            if isinstance(sample, RawSample):
-                try:
-                    image = decode_rgb(
-                        sample.data,
-                        max_pixels=self.config.max_image_pixels,
-                        max_bytes=len(sample.data),
-                    )
-                except SampleError:
-                    pass
-                else:
-                    numbers.append(sample.number)
-                    labels.append(sample.label)
-                    images.append(centre_crop(image, self.size_px))
-        self.telemetry.add(bad_samples=last + 1 - first - len(numbers))
-        if not images:
+        found = [(sample, self._cut(sample)) for sample in reader.read(first, last)]
+        good = [(sample, image) for sample, image in found if image is not None]
+        self.telemetry.add(bad_samples=len(found) - len(good))
+        if not good:
             return None
-        mean = torch.tensor(self.augmentation.mean).view(3, 1, 1)
-        std = torch.tensor(self.augmentation.std).view(3, 1, 1)
-        pixels = (torch.stack(images).float() / 255 - mean) / std
-        return EvaluationBatch(np.array(numbers, dtype=np.int64), labels, pixels)
+        pixels = torch.from_numpy(np.stack([image for _, image in good])).permute(0, 3, 1, 2)
+        numbers = np.array([sample.number for sample, _ in good], dtype=np.int64)
+        labels = [sample.label if isinstance(sample, RawSample) else None for sample, _ in good]
+        return EvaluationBatch(numbers, labels, normalize(pixels, self.augmentation))
+
+    def _cut(self, sample: RawSample | BadSample) -> NDArray[np.uint8] | None:
+        """uint8 [size_px, size_px, 3], None of a sample that cannot be used."""
+        if isinstance(sample, BadSample):
+            return None
+        limits = {"max_pixels": self.config.max_image_pixels, "max_bytes": len(sample.data)}
+        out = np.empty((1, self.size_px, self.size_px, 3), dtype=np.uint8)
+        try:
+            header = guard_header(sample.data, **limits)
+            box = central_box(header.width_px, header.height_px)
+            decode_crops(sample.data, header, box, [out], reduced=False)
+        except SampleError:
+            return None
+        return np.asarray(out[0])
 
 
-def centre_crop(image: NDArray[np.uint8], size_px: int) -> torch.Tensor:
-    """Shorter side to size_px * 256 / 224, then the centre: uint8 [3, size_px, size_px]."""
-    height, width = image.shape[:2]
-    side = min(height, width) * 224 / 256
-    top, left = round((height - side) / 2), round((width - side) / 2)
-    box = np.array([[top, left, round(side) or 1, round(side) or 1]], dtype=np.int32)
-    out = torch.empty((1, size_px, size_px, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    cut_crops(image, box, [out])
-    return out[0]
+def central_box(width_px: int, height_px: int) -> NDArray[np.int32]:
+    """What is seen of an image whose shorter side is size_px * 256 / 224: as of `crop_boxes`."""
+    side = min(height_px, width_px) * 224 / 256
+    top, left = round((height_px - side) / 2), round((width_px - side) / 2)
+    return np.array([[top, left, round(side) or 1, round(side) or 1]], dtype=np.int32)

@@ -14,12 +14,13 @@ An opened store must not be used in a forked child (obstore's runtime does not s
 start workers by spawn or forkserver. Stores pickle by their URL.
 """
 
+import asyncio
 import contextlib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,6 +38,7 @@ from pipeline.errors import (
     ObjectChangedError,
     ObjectMissingError,
     StoreError,
+    ThrottledError,
     UsageError,
 )
 
@@ -48,6 +50,7 @@ _FILE_PART_BYTES = 2 * 2**20  # of a local file: written while they are in the p
 PARTS_IN_FLIGHT = 4
 SHORT_BODY_ATTEMPTS = 3
 _JUMP_BYTES = 64 * 2**10  # fetched first behind bytes that were passed over
+_STREAM_BYTES = 256 * 2**10  # of a streamed part, at least: smaller ones cost more than they tell
 
 _CLIENT_ERRORS = (obstore_errors.BaseError, OSError, ValueError)  # what obstore raises
 
@@ -57,6 +60,10 @@ _CONNECT_TIMEOUT_S = 3
 _READ_TIMEOUT_S = 20
 _REQUEST_TIMEOUT_S = 120
 _MAX_RETRIES = 4
+
+# Of streamed ranges, whose reader watches their pace itself: only against what it cannot see.
+_STREAM_SILENCE_S = 120
+_STREAM_TIMEOUT_S = 3600
 
 # obstore asks again this long before a credential expires; botocore itself renews 15 minutes ahead.
 _CREDENTIAL_LIFE = timedelta(minutes=10)
@@ -113,9 +120,16 @@ class SourceFile:
 class Store:
     """A prefix on an object store; keys are relative to it. Safe to share between threads."""
 
-    def __init__(self, url: str, backend: S3Store | LocalStore, prefix: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        backend: S3Store | LocalStore,
+        prefix: str,
+        open_streams: Callable[[], S3Store] | None = None,
+    ) -> None:
         self.url = url
         self._backend = backend
+        self._open_streams = open_streams  # the client of `stream_range`; None: a directory
         self._prefix = f"{prefix}/" if prefix else ""
 
     def __repr__(self) -> str:
@@ -123,6 +137,11 @@ class Store:
 
     def __reduce__(self) -> tuple[Callable[[str], "Store"], tuple[str]]:
         return open_store, (self.url,)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a directory."""
+        return self._open_streams is None
 
     def url_of(self, key: str) -> str:
         """The absolute URL of an object."""
@@ -165,16 +184,46 @@ class Store:
             f"got {len(body)}; {_failure_advice(self.url)}"
         )
 
+    async def stream_range(
+        self, key: str, start_bytes: int, length_bytes: int, *, tag: str | None = None
+    ) -> AsyncIterator[bytes]:
+        """The bytes of a range as they come in: one request, not repeated whatever happens.
+
+        For a reader that resumes, waits and repeats by itself (pipeline.ranges). The stream may
+        end early without an error: who asks counts. A directory answers with one part. Raises
+        ThrottledError, ObjectChangedError if the object is shorter or has not the `tag`, and the
+        other kinds of StoreError.
+        """
+        if self._open_streams is None:
+            path = f"/{self._path(key)}"
+            with self._translated("read", key):
+                size, body = await asyncio.to_thread(_read_part, path, start_bytes, length_bytes)
+            self._check_reach(key, start_bytes + length_bytes, size)
+            yield body
+            return
+        options: Any = {"range": (start_bytes, start_bytes + length_bytes)}
+        if tag is not None:
+            options["if_match"] = tag
+        with self._translated("read", key):
+            result = await obstore.get_async(self._open_streams(), self._path(key), options=options)
+            self._check_reach(key, start_bytes + length_bytes, result.meta["size"])
+            async for part in result.stream(min_chunk_size=_STREAM_BYTES):
+                yield part
+
+    def _check_reach(self, key: str, end_bytes: int, size_bytes: int) -> None:
+        if size_bytes < end_bytes:
+            raise ObjectChangedError(
+                f"{self.url_of(key)} has {size_bytes} bytes, recorded were at least "
+                f"{end_bytes}; restore it, `python -m shard_tools verify` finds all like it"
+            )
+
     def _refuse_if_shorter(self, key: str, end_bytes: int, error: StoreError | None = None) -> None:
         """Tell a range behind the end, which stores answer in many ways, from an outage."""
         if isinstance(error, AccessDeniedError | ObjectMissingError | ObjectChangedError):
             return
         info = self.head(key)
-        if info is not None and info.size_bytes < end_bytes:
-            raise ObjectChangedError(
-                f"{self.url_of(key)} has {info.size_bytes} bytes, recorded were at least "
-                f"{end_bytes}; restore it, `python -m shard_tools verify` finds all like it"
-            )
+        if info is not None:
+            self._check_reach(key, end_bytes, info.size_bytes)
 
     def put_if_absent(self, key: str, body: bytes) -> bool:
         """Write a small object by one conditional PUT; False if there is an object already.
@@ -452,8 +501,10 @@ def open_store(url: str | os.PathLike[str]) -> Store:
         return _open_directory(Path(rest))
     if scheme == "s3" and rest.strip("/") and not rest.startswith("/"):
         bucket, _, prefix = rest.strip("/").partition("/")
-        backend = _open_bucket(bucket, _aws_environment())
-        return Store(f"s3://{bucket}/{prefix}".rstrip("/"), backend, prefix)
+        environment = _aws_environment()
+        streams = functools.partial(_open_bucket, bucket, environment, streams=True)
+        backend = _open_bucket(bucket, environment)
+        return Store(f"s3://{bucket}/{prefix}".rstrip("/"), backend, prefix, streams)
     raise UsageError(
         f"{text!r} is no store: expected s3://bucket/prefix, file:///directory or a local path"
     )
@@ -616,8 +667,14 @@ def _open_directory(path: Path) -> Store:
 
 
 @functools.lru_cache(maxsize=64)
-def _open_bucket(bucket: str, environment: tuple[tuple[str, str], ...]) -> S3Store:
-    """One client, hence one pool of connections, for all prefixes of a bucket."""
+def _open_bucket(
+    bucket: str, environment: tuple[tuple[str, str], ...], *, streams: bool = False
+) -> S3Store:
+    """One client, hence one pool of connections, for all prefixes of a bucket.
+
+    streams: the client of `Store.stream_range`. It repeats nothing: a repeating one would hide that
+    the store asks for fewer requests, and would wait in silence where the reader knows better.
+    """
     settings = _read_aws_settings(environment)
     endpoint: S3Config = {"endpoint": settings.endpoint} if settings.endpoint else {}
     return S3Store(
@@ -628,11 +685,11 @@ def _open_bucket(bucket: str, environment: tuple[tuple[str, str], ...]) -> S3Sto
         client_options={
             "allow_http": (settings.endpoint or "").startswith("http://"),
             "connect_timeout": timedelta(seconds=_CONNECT_TIMEOUT_S),
-            "read_timeout": timedelta(seconds=_READ_TIMEOUT_S),
-            "timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
+            "read_timeout": timedelta(seconds=_STREAM_SILENCE_S if streams else _READ_TIMEOUT_S),
+            "timeout": timedelta(seconds=_STREAM_TIMEOUT_S if streams else _REQUEST_TIMEOUT_S),
         },
         retry_config={
-            "max_retries": _MAX_RETRIES,
+            "max_retries": 0 if streams else _MAX_RETRIES,
             "retry_timeout": timedelta(seconds=_REQUEST_TIMEOUT_S),
             "backoff": {
                 "base": 2,
@@ -641,6 +698,15 @@ def _open_bucket(bucket: str, environment: tuple[tuple[str, str], ...]) -> S3Sto
             },
         },
     )
+
+
+def _read_part(path: str, start_bytes: int, length_bytes: int) -> tuple[int, bytes]:
+    """The size of a file, and a range of it, which may end early."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.fstat(file).st_size, os.pread(file, length_bytes, start_bytes)
+    finally:
+        os.close(file)
 
 
 @dataclass(frozen=True)
@@ -895,7 +961,14 @@ def _translate(error: Exception, verb: str, url: str) -> StoreError:
         obstore_errors.UnauthenticatedError,
         PermissionError,
     )
-    # Listing reports a refusal as a generic error; only the text tells.
+    # The rest comes as a generic error, as does a refusal to list; only the text tells.
+    if re.search(r"status code: (503|429)\b|<Code>SlowDown<", str(error)):
+        return ThrottledError(f"{what}: {reason}; try again, with fewer requests at a time")
+    if re.search(r"status code: 416\b", str(error)):
+        return ObjectChangedError(
+            f"{url} has fewer bytes than were recorded ({reason}); restore it, "
+            "`python -m shard_tools verify` finds all like it"
+        )
     if isinstance(error, denied) or re.search(r"status code: 40[13]\b", str(error)):
         return AccessDeniedError(f"{what}: {reason}; {_access_advice(url)}")
     return StoreError(f"{what}: {reason}; {_failure_advice(url)}")

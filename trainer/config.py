@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from pipeline.augment import AugmentConfig
 from pipeline.crops import CropsConfig
+from pipeline.fetch import FetchConfig
 from pipeline.loader import LoaderConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.engine import EngineConfig
@@ -18,11 +19,12 @@ from trainer.train import TrainConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All sections. Defaults are SwAV's; only `loader.dataset` and `checkpoint.run` have none."""
+    """All sections. Defaults are SwAV's; only the data set and `checkpoint.run` have none."""
 
     loader: LoaderConfig
     checkpoint: CheckpointConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    fetch: FetchConfig = field(default_factory=FetchConfig)
     crops: CropsConfig = field(default_factory=CropsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -42,6 +42,9 @@ if TYPE_CHECKING:  # config.py collects the sections, ours among them
 
 T = TypeVar("T")
 
+# Where a step's time went, of what the loader counts: told also when it is nothing.
+_WAITS = ("data_wait_s", "wait_fetch_s", "wait_decode_s", "wait_handover_s", "transfer_s")
+
 STOPPED = 3  # exit code: a checkpoint was committed, start me again
 
 
@@ -185,6 +188,7 @@ def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None)
         config.loader,
         config.crops,
         config.augment,
+        fetch=config.fetch,
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.world_size,
@@ -231,7 +235,7 @@ def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> Fea
 
 
 def _check_queue(config: "Config", loader: MultiCropLoader) -> None:
-    length, global_batch = config.queue.length, loader.order.global_batch
+    length, global_batch = config.queue.length, loader.mixture.global_batch
     if length < global_batch:
         raise UsageError(
             f"queue.length={length} holds no whole global batch of {global_batch}; make it a "
@@ -301,7 +305,7 @@ class _Clock:
         return {
             "images_per_s": self._loader.batch_size * world.world_size / seconds,
             "step_s": seconds,
-            "data_wait_s": sums.pop("data_wait_s", 0.0) / steps,
+            **{name: sums.pop(name, 0.0) / steps for name in _WAITS},
             **{f"loader/{name}": amount / steps for name, amount in sorted(sums.items())},
             "world_size": world.world_size,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -346,14 +350,11 @@ def _flat(text: str) -> dict[str, Any]:
 def _announce(run: _Run, total_steps: int) -> None:
     if not run.world.is_first:
         return
-    config, loader, order = run.config, run.loader, run.loader.order
+    config = run.config
     begun = f"resuming at step {run.first_step}" if run.first_step else "starting"
     lines = [
-        f"{begun} of {total_steps}: {order.num_samples} images of {config.loader.dataset} "
-        f"(version {loader.snapshot.version}), {run.world.world_size} rank(s) of "
-        f"{loader.batch_size} images, lanes {order.lanes}, chunk {order.chunk}, window "
-        f"{order.window}; checkpoints in {config.checkpoint.run}, logs in {config.train.log_dir} "
-        f"(pid {os.getpid()})"
+        f"{begun} of {total_steps}: {run.loader.describe()}; checkpoints in "
+        f"{config.checkpoint.run}, logs in {config.train.log_dir} (pid {os.getpid()})"
     ]
     if run.changes:
         lines.append(f"changed since the checkpoint: {', '.join(run.changes)}")

@@ -1,143 +1,147 @@
-"""Images per CPU second from stored bytes to crops, against the paper's Pillow pipeline.
+"""CPU milliseconds an image from stored bytes to multi-crops: ours, the paper's, and the field's.
 
-Both sides run in this process, alternating, on photographs of 500x375 that ship
-inside scikit-image and scikit-learn, with 2x224 + 6x96 crops. The reference ends with normalised
-float crops, as its workers do; ours is the loader reading shards,
-with uint8 crops in the batch's memory, because colour and blur are the device's work.
+On photographs of 500x375 and 1080x810, with 2x224 + 6x96 crops. The paper's pipeline and those of
+webdataset, mosaicml-streaming and litdata end with collated, normalised float32 crops. Ours is the
+real loader with a worker process, reading shards from disk, and ends in two ways:
+
+    multicrop      collated uint8 blocks, as they are copied to a device, whose work colour is
+    multicrop_cpu  normalised float32 crops, everything on the CPU
+
+The peers are compared with `multicrop_cpu`, which does the same as they do. Counted is the CPU time
+of all processes of a contestant; all run in turn, and a ratio is the median of the rounds'.
 """
 
-import io
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageFilter
-from skimage import data as skimage_photographs
-from sklearn.datasets import load_sample_image
-from torchvision import transforms
-
-from pipeline.augment import AugmentConfig
-from pipeline.crops import CropsConfig
-from pipeline.loader import LoaderConfig, MultiCropLoader
+from tests.bench.peers import PeerError, peer_version
+from tests.bench.photographs import TRAIN, TRAIN_LARGE, Kind, photographs
+from tests.bench.pipelines import BATCH, Decode, Ours, Peer, Pillow
 from tests.bench.rows import Row
 from tests.support.dataset import write_dataset
 
-WIDTH_PX, HEIGHT_PX = 500, 375
+IMAGES = 512
 ROUNDS = 5
-IMAGES, BATCH = 256, 64
-CROPS = CropsConfig()
+SLOW_BATCHES, FAST_BATCHES = 2, 16  # of a round; what is slow needs fewer to be timed well
+PEERS = {  # row, environment, package
+    "loader.vs_webdataset_pil": ("webdataset", "webdataset"),
+    "loader.vs_streaming_pil": ("mosaic", "mosaicml-streaming"),
+    "loader.vs_litdata_pil": ("litdata", "litdata"),
+}
+
+
+class Contestant(Protocol):
+    """Something that prepares images."""
+
+    def cpu_s(self, num_batches: int) -> float:
+        """CPU seconds of so many batches more."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """CPU seconds an image, a round each."""
+
+    rounds: Sequence[float]
+
+    def __truediv__(self, other: "Timings") -> float:
+        """The median of the rounds' ratios."""
+        pairs = zip(self.rounds, other.rounds, strict=True)
+        return statistics.median(mine / its for mine, its in pairs)
+
+    def row(self, name: str, note: str = "") -> Row:
+        return Row(name, statistics.median(self.rounds) * 1e3, "CPU ms/image", note=note)
 
 
 def rows() -> Iterator[Row]:
-    """One comparison: the ratio, and the milliseconds of both sides."""
-    photos = photographs()
-    files = [photos[number % len(photos)] for number in range(IMAGES)]
-    reference = Reference()
+    """Ratios with targets, and the milliseconds of all contestants, at both sizes."""
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(files, folder)
-        timings = alternate(lambda: reference(files), ours, rounds=ROUNDS)
-    ratio = statistics.median(slow / fast for slow, fast in timings)
-    size_kb = sum(map(len, photos)) / len(photos) / 1000
-    note = f"{IMAGES} JPEGs of 500x375, {size_kb:.0f} kB each; median of {ROUNDS} rounds"
-    yield Row("loader.multicrop_vs_pil", ratio, "x", target=">= 7", note=note)
-    for name, column in (("loader.reference_pil", 0), ("loader.multicrop", 1)):
-        per_image_s = statistics.median(pair[column] for pair in timings) / IMAGES
-        yield Row(name, per_image_s * 1e3, "CPU ms/image")
+        yield from _small(Path(folder))
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _large(Path(folder))
 
 
-def photographs() -> list[bytes]:
-    """JPEG files of quality 88, cut at several places of each photograph."""
-    sources = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
-    sources += [getattr(skimage_photographs, name)() for name in ("astronaut", "coffee", "rocket")]
-    cuts = [cut for image in sources for cut in _cuts(image)]
-    return [_encode(cut) for cut in cuts]
+def _small(folder: Path) -> Iterator[Row]:
+    files = _write_photographs(folder / "ours", TRAIN)
+    with ExitStack() as stack:
+        contestants = _contestants(stack, files, folder / "ours", everything=True)
+        peers, missing = _start_peers(stack, folder)
+        timings = alternate({**contestants, **peers})
+    ours, everything, pillow = timings["ours"], timings["everything"], timings["pillow"]
+    note = _note(files, TRAIN)
+    yield Row("loader.multicrop_vs_pil", pillow / ours, "x", ">= 8", note)
+    yield Row("loader.multicrop_vs_decode", ours / timings["decode"], "x", "<= 2.8", note)
+    yield Row("loader.multicrop_cpu_vs_pil", pillow / everything, "x", ">= 6", note)
+    for name, (environment, package) in PEERS.items():
+        if environment in missing:
+            yield Row(name, None, "x", "> 1", missing[environment])
+            continue
+        note = f"{package} {peer_version(environment, package)}; everything on the CPU"
+        yield Row(name, timings[environment] / everything, "x", "> 1", note)
+        yield timings[environment].row(f"{name}.peer")
+    yield ours.row("loader.multicrop")
+    yield everything.row("loader.multicrop_cpu")
+    yield pillow.row("loader.reference_pil")
+    yield timings["decode"].row("loader.decode", "libjpeg-turbo, all pixels")
 
 
-def alternate(
-    first: Callable[[], object], second: Callable[[], object], *, rounds: int
-) -> list[tuple[float, float]]:
-    """CPU seconds of both, run in turn after one round of warming up."""
-    timings = [(_cpu_s(first), _cpu_s(second)) for _ in range(rounds + 1)]
-    return timings[1:]
+def _large(folder: Path) -> Iterator[Row]:
+    files = _write_photographs(folder, TRAIN_LARGE)
+    with ExitStack() as stack:
+        timings = alternate(_contestants(stack, files, folder, everything=False))
+    ours, pillow, decode = timings["ours"], timings["pillow"], timings["decode"]
+    note = _note(files, TRAIN_LARGE)
+    yield Row("loader.multicrop_vs_pil_1080", pillow / ours, "x", ">= 4.5", note)
+    yield Row("loader.multicrop_vs_decode_1080", ours / decode, "x", "", note)
+    yield ours.row("loader.multicrop_1080")
+    yield pillow.row("loader.reference_pil_1080")
+    yield decode.row("loader.decode_1080", "libjpeg-turbo, all pixels")
 
 
-class Reference:
-    """SwAV's MultiCropDataset, transform by transform (src/multicropdataset.py, Pillow's blur)."""
-
-    def __init__(self) -> None:
-        self.transforms = [
-            _reference_transform(group.size_px, group.scale)
-            for group in CROPS.groups
-            for _ in range(group.count)
-        ]
-
-    def __call__(self, files: list[bytes]) -> list[list[torch.Tensor]]:
-        return [self.crops(file) for file in files]
-
-    def crops(self, file: bytes) -> list[torch.Tensor]:
-        image = Image.open(io.BytesIO(file)).convert("RGB")
-        return [transform(image) for transform in self.transforms]
+def alternate(contestants: Mapping[str, Contestant], *, rounds: int = ROUNDS) -> dict[str, Timings]:
+    """All in turn, after one round of warming up."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
+    for number in range(rounds + 1):
+        print(f"loader: round {number} of {rounds}", file=sys.stderr)
+        for name, contestant in contestants.items():
+            batches = FAST_BATCHES if name in ("ours", "everything", "decode") else SLOW_BATCHES
+            measured[name].append(contestant.cpu_s(batches) / (batches * BATCH))
+    return {name: Timings(found[1:]) for name, found in measured.items()}
 
 
-class Ours:
-    """The loader itself: from the bytes of a packed data set to collated uint8 blocks."""
-
-    def __init__(self, files: list[bytes], folder: str, *, batch_size: int = BATCH) -> None:
-        write_dataset(folder, files, per_shard=64)
-        self.config = LoaderConfig(dataset=folder, global_batch=batch_size, threads=1)
-
-    def __call__(self) -> None:
-        assert sum(len(samples) for samples, _ in self.batches()) == IMAGES
-
-    def batches(self) -> Iterator[tuple[list[int], list[tuple[tuple[int, ...], torch.dtype]]]]:
-        """One epoch: the sample numbers of each batch, and what its blocks are."""
-        with MultiCropLoader(self.config, CROPS, AugmentConfig(), seed=0, epochs=1) as loader:
-            for batch in loader.cut_batches():
-                blocks = [(tuple(block.shape), block.dtype) for block in batch.blocks]
-                yield batch.samples.tolist(), blocks
+def _contestants(
+    stack: ExitStack, files: Sequence[bytes], folder: Path, *, everything: bool
+) -> dict[str, Contestant]:
+    found: dict[str, Contestant] = {"pillow": Pillow(files), "decode": Decode(files)}
+    found["ours"] = stack.enter_context(Ours(str(folder), colour=False))
+    if everything:
+        found["everything"] = stack.enter_context(Ours(str(folder), colour=True))
+    return found
 
 
-class PillowBlur:
-    """The reference's blur: probability 0.5, Pillow's Gaussian, radius uniform in [0.1, 2]."""
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if np.random.rand() >= 0.5:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2.0)))
-
-
-def _reference_transform(size_px: int, scale: tuple[float, float]) -> transforms.Compose:
-    jitter = transforms.ColorJitter(0.8, 0.8, 0.8, 0.2)
-    return transforms.Compose(
-        [
-            transforms.RandomResizedCrop(size_px, scale=scale),
-            transforms.RandomHorizontalFlip(p=0.5),
-            transforms.RandomApply([jitter], p=0.8),
-            transforms.RandomGrayscale(p=0.2),
-            PillowBlur(),
-            transforms.ToTensor(),
-            transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.228, 0.224, 0.225]),
-        ]
-    )
+def _start_peers(stack: ExitStack, folder: Path) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """Those that can be installed here, and why the others cannot."""
+    started: dict[str, Contestant] = {}
+    missing = {}
+    for environment, _ in PEERS.values():
+        try:
+            started[environment] = stack.enter_context(Peer(environment, folder / "ours", folder))
+        except PeerError as error:
+            missing[environment] = str(error)
+    return started, missing
 
 
-def _cuts(image: NDArray[np.uint8]) -> Iterator[NDArray[np.uint8]]:
-    height, width = image.shape[:2]
-    for top, left in ((0, 0), (height - HEIGHT_PX, width - WIDTH_PX)):
-        yield np.ascontiguousarray(image[top : top + HEIGHT_PX, left : left + WIDTH_PX])
+def _write_photographs(folder: Path, kind: Kind) -> list[bytes]:
+    files = list(photographs(IMAGES, kind))
+    write_dataset(str(folder), files, per_shard=64)
+    return files
 
 
-def _encode(pixels: NDArray[np.uint8]) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=88)
-    return file.getvalue()
-
-
-def _cpu_s(function: Callable[[], object]) -> float:
-    start = time.process_time()
-    function()
-    return time.process_time() - start
+def _note(files: Sequence[bytes], kind: Kind) -> str:
+    size_kb = sum(map(len, files)) / len(files) / 1000
+    return f"JPEGs of {kind.width_px}x{kind.height_px}, {size_kb:.0f} kB; {ROUNDS} rounds"

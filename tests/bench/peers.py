@@ -33,10 +33,11 @@ def peer_python(name: str) -> Path:
     return python.absolute()
 
 
-def peer_version(name: str) -> str:
-    """The version of a peer that is asked for."""
+def peer_version(name: str, package: str = "") -> str:
+    """The version of a peer that is asked for; `package` if that is not called like the peer."""
+    pin = f"{package or name}=="
     lines = _requirements(name).read_text().splitlines()
-    return next(line.partition("==")[2] for line in lines if line.startswith(f"{name}=="))
+    return next(line.removeprefix(pin) for line in lines if line.startswith(pin))
 
 
 def _requirements(name: str) -> Path:

@@ -1,8 +1,9 @@
-"""Photographs for the packing benches: as many different JPEGs as are asked for, 110 kB each.
+"""Photographs for the benches: as many different JPEGs as are asked for.
 
-Two kinds, of the same photographs that ship inside scikit-image and scikit-learn. Those of the web
-are 1024x683, of quality 88 and with halved colour; as the originals are smaller they are enlarged.
-Those like ImageNet's are 512x400, of quality 95 and full colour.
+All kinds are of the same photographs that ship inside scikit-image and scikit-learn; where the
+originals are smaller they are enlarged. For packing, those of the web are 1024x683, of quality 88
+and with halved colour, those like ImageNet's 512x400, of quality 95 and full colour: 110 kB each.
+For the loader, 500x375 (45 kB) and 1080x810 (135 kB), of quality 88 and with halved colour.
 """
 
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ class Kind:
 
 WEB = Kind(1024, 683, 88, "420", enlarged=2.0)
 SMALL = Kind(512, 400, 95, "444")
+TRAIN = Kind(500, 375, 88, "420")
+TRAIN_LARGE = Kind(1080, 810, 88, "420", enlarged=2.2)
 
 
 def photographs(count: int, kind: Kind = WEB, *, seed: int = 0) -> Iterator[bytes]:

@@ -1,12 +1,14 @@
 """Crop boxes against 20,000 draws of the reference, their purity, and the cutting."""
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -14,7 +16,10 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from skimage import data as photographs
 
-from pipeline.crops import CropsConfig, crop_blocks, crop_boxes, cut_crops
+from pipeline.crops import CropsConfig, block_shapes, crop_boxes, cut_crops, decode_crops
+from pipeline.decode import decode_rgb, decode_rgbx, guard_header
+from pipeline.errors import SampleError
+from pipeline.resize import resize_regions
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 STATS = np.load(GOLDEN / "crop_stats.npz")
@@ -145,29 +150,41 @@ def test_scales_are_checked(scale: tuple[float, float]) -> None:
 
 def test_without_local_crops_there_is_one_group() -> None:
     assert len(CropsConfig(local_crops=0).groups) == 1
-    assert [block.shape for block in crop_blocks(CONFIG, 4)] == [
-        (2, 4, 3, 224, 224),
-        (6, 4, 3, 96, 96),
-    ]
+    assert block_shapes(CONFIG, 4) == [(2, 4, 224, 224, 3), (6, 4, 96, 96, 3)]
 
 
-def cut(image: NDArray[np.uint8], config: CropsConfig, boxes: NDArray[Any]) -> list[torch.Tensor]:
-    """The crops of one image, one tensor [3, s, s] each, cut into slot 1 of a batch of 3."""
-    blocks = crop_blocks(config, 3)
-    for block in blocks:
-        block.fill_(77)
-    cut_crops(image, boxes, [block[:, 1] for block in blocks])
+def test_epochs_may_differ_from_sample_to_sample() -> None:
+    """As in a mixture, whose sources are in epochs of their own."""
+    where: dict[str, Any] = {"seed": 1, "width_px": [500, 400, 300], "height_px": [300, 400, 500]}
+    together = crop_boxes(CONFIG, epoch=np.array([0, 5, 5]), sample=[7, 7, 8], **where)
+    for epoch in (0, 5):
+        alone = crop_boxes(CONFIG, epoch=epoch, sample=[7, 7, 8], **where)
+        same = (together == alone).all(axis=(1, 2))
+        assert same.tolist() == [epoch == 0, epoch == 5, epoch == 5]
+
+
+def slots(config: CropsConfig) -> tuple[list[NDArray[np.uint8]], list[NDArray[np.uint8]]]:
+    """Blocks of a batch of 3, all 77, and of each the slot in the middle."""
+    blocks = [np.full(shape, 77, np.uint8) for shape in block_shapes(config, 3)]
+    return blocks, [block[:, 1] for block in blocks]
+
+
+def cut(
+    image: NDArray[np.uint8], config: CropsConfig, boxes: NDArray[Any]
+) -> list[NDArray[np.uint8]]:
+    """The crops of one image uint8 [H, W, 3], each [s, s, 3]."""
+    blocks, out = slots(config)
+    cut_crops(np.pad(image, ((0, 0), (0, 0), (0, 1))), boxes, out)
     assert all((block[:, [0, 2]] == 77).all() for block in blocks)
-    return [crop for block in blocks for crop in block[:, 1]]
+    return [crop for group in out for crop in group]
 
 
 def test_crops_are_cropped_then_resized_as_by_pillow() -> None:
     boxes = crop_boxes(CONFIG, seed=0, epoch=0, sample=0, width_px=600, height_px=400)
     for crop, (top, left, height, width) in zip(cut(PHOTO, CONFIG, boxes), boxes, strict=True):
         region = Image.fromarray(PHOTO[top : top + height, left : left + width])
-        size = (crop.shape[1], crop.shape[2])
-        expected = np.asarray(region.resize(size, Image.Resampling.BILINEAR)).astype(int)
-        assert np.abs(crop.permute(1, 2, 0).numpy() - expected).max() <= 1
+        expected = np.asarray(region.resize(crop.shape[:2], Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(crop - expected).max() <= 1
 
 
 def test_golden_resized_crops() -> None:
@@ -179,8 +196,7 @@ def test_golden_resized_crops() -> None:
         config = CropsConfig(global_crops=1, global_size_px=op["size"], local_crops=0)
         box = np.array([[op["i"], op["j"], op["h"], op["w"]]])
         (crop,) = cut(golden["image"], config, box)
-        difference = crop.permute(1, 2, 0).numpy().astype(int) - golden[op["array"]]
-        assert np.abs(difference).max() <= 2
+        assert np.abs(crop.astype(int) - golden[op["array"]]).max() <= 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (2, 3), (224, 224)])
@@ -188,18 +204,87 @@ def test_awkward_images_give_full_crops(shape: tuple[int, int]) -> None:
     image = np.full((*shape, 3), (10, 200, 30), np.uint8)
     boxes = crop_boxes(CONFIG, seed=0, epoch=0, sample=0, width_px=shape[1], height_px=shape[0])
     for crop in cut(image, CONFIG, boxes):
-        assert (crop == torch.tensor([10, 200, 30]).view(3, 1, 1)).all()
-
-
-def test_blocks_become_channels_last_batches_without_a_copy() -> None:
-    for block in crop_blocks(CONFIG, 4):
-        batch = block.flatten(0, 1)
-        assert batch.data_ptr() == block.data_ptr()
-        assert batch.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(batch[1 * 4 + 2], block[1, 2])
+        assert (crop == [10, 200, 30]).all()
 
 
 def test_wrong_number_of_boxes() -> None:
-    blocks = crop_blocks(CONFIG, 1)
     with pytest.raises(ValueError, match="7 boxes for 8 crops"):
-        cut_crops(PHOTO, np.zeros((7, 4), np.int32), [block[:, 0] for block in blocks])
+        cut(PHOTO, CONFIG, np.zeros((7, 4), np.int32))
+
+
+def encode(image: NDArray[np.uint8], image_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, image_format, **options)
+    return file.getvalue()
+
+
+def decoded(data: bytes, boxes: NDArray[Any], **options: bool) -> list[NDArray[np.uint8]]:
+    blocks, out = slots(CONFIG)
+    decode_crops(data, guard_header(data), boxes, out, **options)
+    assert all((block[:, [0, 2]] == 77).all() for block in blocks)
+    return [crop for group in out for crop in group]
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_crops_of_every_format_are_those_of_its_pixels(image_format: str) -> None:
+    data = encode(PHOTO[:200, :300], image_format)
+    boxes = crop_boxes(CONFIG, seed=0, epoch=0, sample=0, width_px=300, height_px=200)
+    expected = cut(decode_rgb(data), CONFIG, boxes)
+    for crop, same in zip(decoded(data, boxes), expected, strict=True):
+        np.testing.assert_array_equal(crop, same)
+
+
+def boxes_of(side: int) -> NDArray[np.int32]:
+    """Squares of that side for the large crops, and of half as much for the small ones."""
+    large, small = [[3, 5, side, side]] * 2, [[60, 31, side // 2, side // 2]] * 6
+    return np.array(large + small, np.int32)
+
+
+LARGE = np.tile(PHOTO, (3, 2, 1))[:1111, :1001]  # an odd size: a half of it is not whole
+
+
+@pytest.mark.parametrize(("side", "eighths"), [(447, 8), (448, 4), (895, 4), (896, 2)])
+def test_a_jpeg_is_reduced_while_every_box_has_the_pixels_of_its_crop(
+    side: int, eighths: int
+) -> None:
+    data = encode(LARGE, "JPEG", quality=90)
+    header = guard_header(data)
+    size = [-(-length * eighths // 8) for length in LARGE.shape[1::-1]]
+    reduced = decode_rgbx(data, header, min_width_px=size[0], min_height_px=size[1])
+    assert reduced.shape[1::-1] == tuple(size)
+    _, out = slots(CONFIG)
+    resize_regions(reduced, boxes_of(side), out, eighths=eighths)
+    expected = [crop for group in out for crop in group]
+    crops, whole = decoded(data, boxes_of(side)), decoded(data, boxes_of(side), reduced=False)
+    for crop, same, exact in zip(crops, expected, whole, strict=True):
+        np.testing.assert_array_equal(crop, same)
+        assert np.abs(crop.astype(int) - exact).mean() < 2.5
+        assert (eighths < 8) == bool((crop != exact).any())
+
+
+def test_one_small_box_keeps_the_whole_image() -> None:
+    data = encode(LARGE, "JPEG")
+    boxes = boxes_of(900)
+    boxes[-1, 3] = 191  # of a crop of 96
+    for crop, exact in zip(decoded(data, boxes), decoded(data, boxes, reduced=False), strict=True):
+        np.testing.assert_array_equal(crop, exact)
+
+
+def test_a_jpeg_that_only_pillow_decodes_is_not_reduced() -> None:
+    """Junk before the end: simplejpeg refuses, libjpeg only warns."""
+    whole = encode(LARGE, "JPEG")
+    data = whole[:-2] + b"abc" + whole[-2:]
+    expected = decoded(whole, boxes_of(900), reduced=False)
+    for crop, same in zip(decoded(data, boxes_of(900)), expected, strict=True):
+        np.testing.assert_array_equal(crop, same)
+
+
+def test_a_broken_image_is_told() -> None:
+    data = encode(PHOTO, "JPEG")
+    with pytest.raises(SampleError, match="truncated"):
+        decoded(data[: len(data) // 2], boxes_of(300))
+
+
+def test_crops_never_reach_torch() -> None:
+    code = "import pipeline.crops, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

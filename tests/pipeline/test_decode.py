@@ -20,6 +20,7 @@ from pipeline.decode import (
     decode_grey,
     decode_pixels,
     decode_rgb,
+    decode_rgbx,
     exif_orientation,
     guard_header,
     hash_grey,
@@ -439,6 +440,87 @@ def test_only_jpegs_come_out_reduced(image_format: str) -> None:
 def test_a_reduced_jpeg_is_read_to_its_end(cut: int) -> None:
     with pytest.raises(SampleError, match="truncated"):
         decode_pixels(JPEG[:cut], guard_header(JPEG), min_width_px=40, min_height_px=40)
+
+
+@pytest.mark.parametrize("image_format", FILES)
+def test_words_of_pixels_hold_the_same_colours(image_format: str) -> None:
+    data = FILES[image_format]
+    words = decode_rgbx(data, guard_header(data))
+    assert (words.shape, words.dtype) == ((220, 300, 4), np.uint8)
+    assert words.flags.carray  # contiguous, writable: the kernel copies others
+    np.testing.assert_array_equal(words[..., :3], decode_rgb(data))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(PHOTO[..., 1], "JPEG"),
+        encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"),
+        encode(np.dstack([PHOTO, PHOTO[..., 0]]), "PNG"),
+        encode(PHOTO[..., 0].astype(np.uint16) * 250, "PNG"),
+        JPEG[:-2] + b"abc" + JPEG[-2:],
+    ],
+    ids=["grey", "CMYK", "alpha", "16 bits", "junk"],
+)
+def test_words_of_odd_pixels_hold_the_same_colours(data: bytes) -> None:
+    np.testing.assert_array_equal(decode_rgbx(data, guard_header(data))[..., :3], decode_rgb(data))
+
+
+def test_words_of_a_reduced_jpeg() -> None:
+    limits = {"min_width_px": 75, "min_height_px": 55}
+    words = decode_rgbx(JPEG, guard_header(JPEG), **limits)
+    np.testing.assert_array_equal(words[..., :3], decode_pixels(JPEG, guard_header(JPEG), **limits))
+
+
+@given(cut=st.integers(min_value=700, max_value=len(JPEG) - 1))
+@settings(max_examples=50, deadline=None)
+def test_words_of_a_cut_jpeg_are_refused(cut: int) -> None:
+    with pytest.raises(SampleError, match="truncated"):
+        decode_rgbx(JPEG[:cut], guard_header(JPEG))
+
+
+def scans_of(data: bytes) -> list[tuple[int, int]]:
+    """Where the scans of a JPEG, each with its pixels, begin and end."""
+    begins = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xda"]
+    ends = [
+        next(
+            i
+            for i in range(begin + 2, len(data))
+            if data[i] == 0xFF and data[i + 1] >= 0xC0 and not 0xD0 <= data[i + 1] <= 0xD7
+        )
+        for begin in begins
+    ]
+    return list(zip(begins, ends, strict=True))
+
+
+def repeat_last_scan(data: bytes, times: int) -> bytes:
+    begin, end = scans_of(data)[-1]
+    return data[:end] + data[begin:end] * times + data[end:]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+@pytest.mark.parametrize("hidden", [b"", b"\xff\xc0\x00\x04ab", b"\xff\xff", b"junk"])
+def test_many_passes_over_the_pixels_are_a_bomb(mode: str, hidden: bytes) -> None:
+    """Few bytes a pass, but each costs as much as the image is large."""
+    image = Image.fromarray(PHOTO).convert(mode)
+    data = encode(image, "JPEG", progressive=True)
+    num_scans = len(scans_of(data))
+    assert 2 < num_scans < 20
+    allowed = repeat_last_scan(data, decode.MAX_SCANS - num_scans)
+    assert guard_header(allowed).width_px == 300
+    bomb = repeat_last_scan(data, decode.MAX_SCANS - num_scans + 1)
+    for function in (guard_header, decode_rgb, perceptual_hash):
+        assert reason_of(function, bomb) == decode.BOMB
+    place = 4 + int.from_bytes(bomb[4:6], "big")  # after the first segment
+    disguised = bomb[:place] + hidden + bomb[place:]
+    assert reason_of(decode_rgb, disguised) in {decode.BOMB, decode.UNDECODABLE}
+
+
+def test_sequential_scans_that_only_pillow_takes_are_counted_too() -> None:
+    scan = JPEG[slice(*scans_of(JPEG)[0])]
+    data = JPEG[:-2] + scan[:40] * decode.MAX_SCANS + JPEG[-2:]
+    assert reason_of(decode_rgb, data) == decode.BOMB
+    assert reason_of(lambda data: decode_rgbx(data, guard_header(data)), data) == decode.BOMB
 
 
 def test_decode_never_reaches_torch() -> None:

@@ -1,138 +1,175 @@
-"""Reading runs of samples from real stores: across shards, with masks, through an outage."""
+"""Reading ahead of need: in order, within its bytes, from several threads and sources."""
 
-import hashlib
-import time
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
 from pipeline.errors import AccessDeniedError, StoreError
-from pipeline.fetch import BadSample, Prefetcher, RawSample, SampleReader, split_into_pieces
-from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot, read_snapshot
+from pipeline.fetch import FetchConfig, Piece, Prefetcher, pieces_in_order, split_into_pieces
+from pipeline.manifest import Snapshot, read_snapshot
+from pipeline.mixture import Window
+from pipeline.samples import RawSample, SampleReader
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
 from tests.support.dataset import pictures, write_dataset
+from tests.support.fault_proxy import FaultProxy, Kind, Rule
 from tests.support.s3_server import S3Server
 
 IMAGES = pictures(20)
+MEAN_BYTES = sum(map(len, IMAGES)) / 20
+SECONDS = 60  # what would take longer hangs
 
 
-def reader_of(url: str, snapshot: Snapshot | None = None, **settings) -> SampleReader:
+def reader_of(url: str, snapshot: Snapshot | None = None, **settings: Any) -> SampleReader:
     store = open_store(url)
-    return SampleReader(store, snapshot or read_snapshot(store), Telemetry(), **settings)
+    fetch = FetchConfig(**settings)
+    return SampleReader(store, snapshot or read_snapshot(store), Telemetry(), fetch=fetch)
 
 
-def with_rows(snapshot: Snapshot, rows: list[dict]) -> Snapshot:
-    return Snapshot(pa.Table.from_pylist(rows, SNAPSHOT_SCHEMA), snapshot.version)
+def window(numbers: range = range(20), source: int = 0, epoch: int = 0) -> Window:
+    return Window(source, epoch, list(numbers))
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 19), (4, 4), (3, 9), (5, 14), (19, 19)])
-def test_a_run_over_shards_with_an_empty_one_between(tmp_path: Path, first: int, last: int) -> None:
-    write_dataset(str(tmp_path), IMAGES, per_shard=5)
-    snapshot = read_snapshot(open_store(str(tmp_path)))
-    rows = snapshot.table.to_pylist()
-    gap = {**rows[0], "tar": "data/none.tar", "index": "data/none.parquet", "kept": 0}
-    samples = reader_of(str(tmp_path), with_rows(snapshot, [*rows[:2], gap, *rows[2:]])).read(
-        first, last
-    )
-    assert [sample.number for sample in samples] == list(range(first, last + 1))
-    assert [s.data for s in samples if isinstance(s, RawSample)] == IMAGES[first : last + 1]
+def prefetcher_of(
+    *readers: SampleReader, pieces: Iterator[Piece], ahead_bytes: int = 1 << 20
+) -> Prefetcher:
+    sizes = [MEAN_BYTES] * len(readers)
+    return Prefetcher(readers, pieces, ahead_bytes=ahead_bytes, sample_bytes=sizes)
 
 
-def test_masked_rows_are_not_there_and_a_damaged_mask_is_seen(tmp_path: Path) -> None:
-    write_dataset(str(tmp_path), IMAGES, per_shard=20)
-    keep = np.arange(20) % 3 == 0
-    mask = np.packbits(keep, bitorder="little").tobytes()
-    store = open_store(str(tmp_path))
-    store.put_if_absent("masks/one", mask)
-    (row,) = read_snapshot(store).table.to_pylist()
-    row |= {"mask": "masks/one", "mask_sha256": hashlib.sha256(mask).digest(), "kept": 7}
-    samples = reader_of(str(tmp_path), with_rows(read_snapshot(store), [row])).read(0, 6)
-    assert [s.data for s in samples if isinstance(s, RawSample)] == IMAGES[::3]
-
-    row["mask_sha256"] = bytes(32)
-    (bad,) = reader_of(str(tmp_path), with_rows(read_snapshot(store), [row])).read(0, 0)
-    assert isinstance(bad, BadSample)
-    assert "mask" in bad.reason
-
-
-def test_an_outage_is_waited_for_and_costs_no_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    server = S3Server(tmp_path)
-    server.start()
-    try:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        url = server.make_bucket("outage")
-        write_dataset(url, IMAGES, per_shard=20)
-        reader = reader_of(url, patience_s=60)
-        assert len(reader.read(0, 1)) == 2
-        server.stop()
-        with pytest.raises(StoreError, match="outage"):
-            reader_of(url, read_snapshot_of(reader), patience_s=0).read(2, 3)
-        with ThreadPoolExecutor(1) as threads:
-            waiting = threads.submit(reader.read, 2, 19)
-            time.sleep(2)
-            assert not waiting.done()
-            server.start()  # by this thread: the server ends with the one that started it
-            samples = waiting.result(60)
-    finally:
-        server.stop()
-    assert [s.data for s in samples if isinstance(s, RawSample)] == IMAGES[2:]
-
-
-def read_snapshot_of(reader: SampleReader) -> Snapshot:
-    return reader._snapshot
-
-
-def test_denied_access_reaches_who_waits_for_a_sample(
-    s3: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_dataset(s3_url, IMAGES)
-    snapshot = read_snapshot(open_store(s3_url))
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    prefetcher = Prefetcher(
-        reader_of(s3_url, snapshot),
-        iter(split_into_pieces(0, range(20), 5)),
-        ahead_bytes=1 << 20,
-        sample_bytes=1000,
-        threads=2,
-    )
-    try:
-        with pytest.raises(AccessDeniedError, match="AWS_SECRET_ACCESS_KEY"):
-            prefetcher.take(0, 7)
-    finally:
-        prefetcher.close()
+def test_pieces_hold_what_a_window_needs_of_a_chunk_in_the_order_of_need() -> None:
+    pieces = split_into_pieces(Window(1, 2, [13, 4, 11, 0, 19]), 10)
+    assert pieces == [
+        Piece(1, 2, 11, 19, frozenset({13, 11, 19})),
+        Piece(1, 2, 0, 4, frozenset({4, 0})),
+    ]
+    windows = [Window(0, 0, [3]), Window(1, 5, [3, 12])]
+    firsts = [(p.source, p.epoch, p.first) for p in pieces_in_order(windows, [10, 4])]
+    assert firsts == [(0, 0, 3), (1, 5, 3), (1, 5, 12)]
 
 
 def test_read_ahead_stays_within_its_bytes_and_nothing_is_kept(tmp_path: Path) -> None:
     write_dataset(str(tmp_path), IMAGES)
-    mean = sum(map(len, IMAGES)) / 20
     requested: list[int] = []
 
-    def pieces():
-        for piece in split_into_pieces(0, range(20), 2):
+    def pieces() -> Iterator[Piece]:
+        for piece in split_into_pieces(window(), 2):
             requested.append(piece.first)
             yield piece
 
-    prefetcher = Prefetcher(
-        reader_of(str(tmp_path)),
-        pieces(),
-        ahead_bytes=round(5 * mean),
-        sample_bytes=mean,
-        threads=1,
+    prefetcher = prefetcher_of(
+        reader_of(str(tmp_path)), pieces=pieces(), ahead_bytes=round(5 * MEAN_BYTES)
     )
     try:
         for number in range(20):
-            sample = prefetcher.take(0, number)
+            sample = prefetcher.take(0, 0, number)
             assert isinstance(sample, RawSample)
             assert sample.data == IMAGES[number]
             assert max(requested) <= number + 10
     finally:
         prefetcher.close()
-    assert not prefetcher._arrived
     assert not prefetcher._waiting
+    assert prefetcher._held_bytes == pytest.approx(0, abs=1e-6)
+
+
+def test_what_is_waited_for_comes_whatever_the_budget(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), IMAGES)
+    prefetcher = prefetcher_of(
+        reader_of(str(tmp_path), requests=1),
+        pieces=pieces_in_order([window()], [3]),
+        ahead_bytes=1,
+    )
+    try:
+        order = [19, *range(19)]  # the last first, by eight threads
+        with ThreadPoolExecutor(8) as threads:
+            taken = [threads.submit(prefetcher.take, 0, 0, number) for number in order]
+            for number, future in zip(order, taken, strict=True):
+                sample = future.result(SECONDS)
+                assert isinstance(sample, RawSample)
+                assert sample.data == IMAGES[number]
+    finally:
+        prefetcher.close()
+
+
+def test_sources_and_epochs_are_told_apart(tmp_path: Path) -> None:
+    others = pictures(20, seed=1)
+    write_dataset(f"{tmp_path}/one", IMAGES)
+    write_dataset(f"{tmp_path}/two", others)
+    first = reader_of(f"{tmp_path}/one")
+    store = open_store(f"{tmp_path}/two")
+    second = SampleReader(store, read_snapshot(store), first.telemetry, ranges=first.ranges)
+    windows = [window(source=0), window(source=1), window(source=1, epoch=1)]
+    prefetcher = prefetcher_of(first, second, pieces=pieces_in_order(windows, [5, 7]))
+    try:
+        for source, epoch, images in ((1, 1, others), (0, 0, IMAGES), (1, 0, others)):
+            for number in range(20):
+                sample = prefetcher.take(source, epoch, number)
+                assert isinstance(sample, RawSample)
+                assert sample.data == images[number]
+    finally:
+        prefetcher.close()
+
+
+def test_waiting_is_counted(s3_url: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dataset(s3_url, IMAGES)
+    with FaultProxy(s3.url, [Rule(kind=Kind.DELAY, target=r"\.tar", seconds=0.3)]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        reader = reader_of(s3_url)
+        prefetcher = prefetcher_of(reader, pieces=pieces_in_order([window()], [20]))
+        for number in range(20):
+            prefetcher.take(0, 0, number)
+        prefetcher.close()
+    assert reader.telemetry.total("sample_wait_s") >= 0.3
+    assert reader.telemetry.total("fetch_s") >= 0.3
+
+
+def test_denied_access_reaches_who_waits_for_a_sample(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(s3_url, IMAGES)
+    snapshot = read_snapshot(open_store(s3_url))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    prefetcher = prefetcher_of(reader_of(s3_url, snapshot), pieces=pieces_in_order([window()], [5]))
+    try:
+        with pytest.raises(AccessDeniedError, match="AWS_SECRET_ACCESS_KEY"):
+            prefetcher.take(0, 0, 7)
+    finally:
+        prefetcher.close()
+
+
+def test_close_reaches_who_waits_for_a_sample(
+    s3_url: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(s3_url, IMAGES)
+    snapshot = read_snapshot(open_store(s3_url))
+    with FaultProxy(s3.url, [Rule(kind=Kind.STALL)]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        prefetcher = prefetcher_of(
+            reader_of(s3_url, snapshot), pieces=pieces_in_order([window()], [5])
+        )
+        with ThreadPoolExecutor(20) as threads:
+            waiting = [threads.submit(prefetcher.take, 0, 0, number) for number in range(20)]
+            threading.Event().wait(0.3)
+            assert not any(future.done() for future in waiting)
+            prefetcher.close()
+            for future in waiting:
+                with pytest.raises(StoreError, match="closed"):
+                    future.result(SECONDS)
+        with pytest.raises(StoreError, match="closed"):
+            prefetcher.take(0, 1, 0)
+
+
+def test_a_sample_that_is_in_no_piece_is_a_mistake_of_the_caller(tmp_path: Path) -> None:
+    write_dataset(str(tmp_path), IMAGES)
+    prefetcher = prefetcher_of(reader_of(str(tmp_path)), pieces=pieces_in_order([window()], [5]))
+    try:
+        prefetcher.take(0, 0, 3)
+        for name in ((0, 0, 20), (0, 0, 3), (0, 1, 4)):
+            with pytest.raises(LookupError, match="no piece"):
+                prefetcher.take(*name)
+    finally:
+        prefetcher.close()

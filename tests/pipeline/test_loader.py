@@ -1,15 +1,24 @@
-"""The loader on real stores: same batches whatever the world size, threads or interruptions."""
+"""The loader on real stores: same batches whatever the world size, workers or interruptions.
 
+Most loaders here work in threads of the test (workers=0), the very code that runs in processes;
+what concerns the processes themselves is in test_worker.py.
+"""
+
+import json
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import AugmentConfig
+from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment_device import augment
 from pipeline.crops import CropsConfig
 from pipeline.errors import DataError, ManifestError, UsageError
-from pipeline.loader import Batch, LoaderConfig, MultiCropLoader
+from pipeline.loader import Batch, LoaderConfig, MixPart, MultiCropLoader
 from pipeline.shards import parse_parquet
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
@@ -19,11 +28,18 @@ COUNT = 96
 
 
 def loader_of(
-    url: str, *, world: tuple[int, int] = (0, 1), state=None, epochs=None, quarantine=(), **settings
+    url: str | tuple[MixPart, ...],
+    *,
+    world: tuple[int, int] = (0, 1),
+    state=None,
+    epochs=None,
+    quarantine=(),
+    **settings,
 ):
-    settings = {"global_batch": 8, "lanes": 4, "chunk": 5, "window": 2, "threads": 2} | settings
+    sizes = {"global_batch": 8, "lanes": 4, "chunk": 5, "window": 2}
+    config = LoaderConfig(**source(url), **(sizes | {"workers": 0, "threads": 2} | settings))
     return MultiCropLoader(
-        LoaderConfig(dataset=url, **settings),
+        config,
         CROPS,
         AugmentConfig(),
         seed=3,
@@ -33,6 +49,10 @@ def loader_of(
         state=state,
         quarantine=quarantine,
     )
+
+
+def source(url: str | tuple[MixPart, ...]) -> dict[str, Any]:
+    return {"dataset": url} if isinstance(url, str) else {"mix": url}
 
 
 def take(loader: MultiCropLoader, count: int) -> list[Batch]:
@@ -74,10 +94,11 @@ def test_shapes_and_epochs(url):
         assert sorted(seen.tolist()) == list(range(COUNT))
 
 
-def test_world_size_and_threads_change_nothing(url):
+def test_world_size_workers_and_threads_change_nothing(url):
     alone = take(loader_of(url, threads=1), 20)
     assert_same(take(loader_of(url, threads=5), 20), alone)
-    ranks = [take(loader_of(url, world=(rank, 2)), 20) for rank in range(2)]
+    assert_same(take(loader_of(url, workers=3), 20), alone)
+    ranks = [take(loader_of(url, world=(rank, 2), workers=rank), 20) for rank in range(2)]
     for step, batch in enumerate(alone):
         samples = np.concatenate([rank[step].samples for rank in ranks])
         np.testing.assert_array_equal(samples, batch.samples)
@@ -99,7 +120,8 @@ def test_resume_is_the_uninterrupted_run(folder, stop):
 def test_every_byte_is_read_once_an_epoch(folder):
     loader = loader_of(folder, epochs=1)
     take(loader, 1000)
-    stored = loader.snapshot.tar_bytes.sum() + loader.snapshot.index_bytes.sum()
+    (snapshot,) = loader.snapshots
+    stored = snapshot.tar_bytes.sum() + snapshot.index_bytes.sum()
     assert 0.5 * stored < loader.telemetry.total("fetch_bytes") <= stored
 
 
@@ -157,7 +179,7 @@ def test_a_bad_sample_counts_once_however_often_it_is_met(folder):
 def test_a_substitute_comes_from_the_rest_of_its_own_window(folder):
     """Steps of 3 places in windows of 10: a batch straddles two."""
     settings = {"global_batch": 12, "lanes": 4, "chunk": 5, "window": 2}
-    order = loader_of(folder, **settings).order
+    (order,) = loader_of(folder, **settings).mixture.orders
     tar = sorted(Path(folder, "data").rglob("*.tar"))[2]
     tar.write_bytes(tar.read_bytes()[:512])  # all of 32 … 47
     loader = loader_of(folder, epochs=1, **settings)
@@ -177,7 +199,7 @@ def test_a_substitute_comes_from_the_rest_of_its_own_window(folder):
 def test_a_window_of_nothing_but_bad_samples_takes_from_the_next(folder):
     """21 places a lane in windows of 10: the last window is one sample, which is damaged."""
     settings = {"global_batch": 4, "lanes": 4, "chunk": 5, "window": 2}
-    order = loader_of(folder, **settings).order
+    (order,) = loader_of(folder, **settings).mixture.orders
     last = int(order.sample_at(0, np.array([1]), np.array([20]))[0])
     tar = Path(folder, "data", "00", f"{last // 16 * 16:06d}.tar")
     body = bytearray(tar.read_bytes())
@@ -201,6 +223,16 @@ def test_two_iterations_do_not_disturb_each_other(folder):
         assert next(second).step == batch.step + 1
 
 
+def test_an_iteration_that_was_ended_says_so(folder):
+    loader = loader_of(folder)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    with pytest.raises(UsageError, match="closed or begun again"):
+        for _ in batches:
+            pass
+
+
 def test_what_does_not_fit_is_refused(folder):
     with pytest.raises(UsageError, match=r"loader\.budget_bytes"):
         loader_of(folder, budget_bytes=1000)
@@ -222,3 +254,141 @@ def test_nothing_is_left_running(folder):
     take(loader_of(folder), 3)
     assert threading.active_count() == before
     assert open_store(folder).head("snapshots/v000001.parquet") is not None
+
+
+def test_colours_of_workers_are_those_of_the_device_code(folder):
+    """Crops before colour, coloured by what a GPU would run, are the batches of a CPU run."""
+    loader = loader_of(folder)
+    batch = take(loader, 3)[-1]
+    (cut,) = [
+        [block.copy() for block in cut.blocks]
+        for cut in islice(loader_of(folder).cut_batches(), 2, 3)
+    ]
+    first = 0
+    for block, crops in zip(cut, batch.crops, strict=True):
+        params = draw_augment(
+            AugmentConfig(),
+            seed=3,
+            epoch=0,
+            samples=batch.samples,
+            crop_indices=range(first, first + len(block)),
+        )
+        pixels = torch.from_numpy(block).flatten(0, 1).permute(0, 3, 1, 2)
+        expected = augment(pixels, params, AugmentConfig())
+        torch.testing.assert_close(crops, expected, rtol=0, atol=0)
+        assert crops.is_contiguous(memory_format=torch.channels_last)
+        first += len(block)
+
+
+@pytest.fixture
+def mix(tmp_path: Path) -> tuple[MixPart, ...]:
+    """60 and 40 pictures; the smaller set comes three times as often."""
+    write_dataset(str(tmp_path / "one"), pictures(60, seed=1))
+    write_dataset(str(tmp_path / "two"), pictures(40, seed=2))
+    parts = (MixPart(dataset=str(tmp_path / "one")), MixPart(dataset=str(tmp_path / "two")))
+    return parts[0], replace(parts[1], weight=3.0)
+
+
+def test_a_mixture_is_the_same_for_any_world_and_any_workers(mix):
+    alone = take(loader_of(mix), 40)
+    assert alone[-1].epoch == 3
+    assert_same(take(loader_of(mix, workers=2), 40), alone)
+    ranks = [take(loader_of(mix, world=(rank, 2)), 40) for rank in range(2)]
+    for step, batch in enumerate(alone):
+        samples = np.concatenate([rank[step].samples for rank in ranks])
+        np.testing.assert_array_equal(samples, batch.samples)
+    numbers = np.concatenate([batch.samples for batch in alone])
+    assert 0.7 < np.mean(numbers >= 60) < 0.8
+    assert set(numbers.tolist()) == set(range(100))
+
+
+@pytest.mark.parametrize("stop", [1, 13, 29])
+def test_a_mixture_resumes_where_it_was(mix, stop):
+    whole = take(loader_of(mix), 40)
+    first = loader_of(mix)
+    head = take(first, stop)
+    state = json.loads(json.dumps(first.state_dict()))
+    tail = take(loader_of(mix, state=state, lanes=0, chunk=0, window=0), 40 - stop)
+    assert_same(head + tail, whole)
+
+
+def test_bad_samples_of_a_mixture_are_told_by_global_number_and_url(mix):
+    tar = sorted(Path(mix[1].dataset, "data").rglob("*.tar"))[2]
+    tar.unlink()
+    loader = loader_of(mix, epochs=3)
+    batches = take(loader, 1000)
+    assert_same(take(loader_of(mix, epochs=3, workers=2), 1000), batches)
+    found = loader.quarantine.before(3, 0)
+    assert {entry["number"] for entry in found} == set(range(92, 100))
+    assert {entry["shard"] for entry in found} == {f"file://{tar}"}
+    assert all(60 <= entry["substitute"] < 100 for entry in found), "of the same source"
+    known = loader_of(mix, epochs=3, quarantine=found)
+    assert_same(take(known, 1000), batches)
+    assert known.quarantine.before(3, 0) == found
+
+
+def test_what_is_known_to_be_bad_is_not_read_again(folder):
+    sorted(Path(folder, "data").rglob("*.tar"))[1].unlink()
+    first = loader_of(folder, epochs=1)
+    batches = take(first, 1000)
+    again = loader_of(folder, epochs=1, quarantine=first.quarantine.before(1, 0))
+    assert_same(take(again, 1000), batches)
+    assert again.telemetry.total("fetch_requests") < first.telemetry.total("fetch_requests")
+    assert again.telemetry.total("substituted_samples") == 16
+
+
+def test_a_state_that_says_otherwise_is_refused_by_the_name_of_the_setting(mix, folder):
+    state = loader_of(mix).state_dict()
+    for setting, changes in {
+        r"loader\.mix\[1\]\.weight is 2": {"weight": 2.0},
+        r"loader\.mix\[1\]\.version is 7": {"version": 7},
+    }.items():
+        with pytest.raises(UsageError, match=setting):
+            loader_of((mix[0], replace(mix[1], **changes)), state=state)
+    with pytest.raises(UsageError, match="names 1 data set"):
+        loader_of(folder, state=state)
+    with pytest.raises(UsageError, match=r"loader\.lanes is 2, .* written with 4"):
+        loader_of(mix, state=state, lanes=2)
+    with pytest.raises(UsageError, match=r"train\.seed is 3, .* written with 4"):
+        loader_of(mix, state=state | {"seed": 4})
+    with pytest.raises(UsageError, match="wrote the loader's state otherwise"):
+        loader_of(folder, state={"epoch": 0, "step": 3, "lanes": 4})
+    loader = loader_of(folder)
+    with pytest.raises(UsageError, match=r"loader\.window is 2, .* written with 3"):
+        loader.load_state_dict(loader_of(folder, window=3).state_dict())
+
+
+def test_one_data_set_or_a_mixture():
+    for sources in ({}, {"dataset": "a", "mix": (MixPart(dataset="b"),)}):
+        with pytest.raises(ValueError, match="dataset"):
+            LoaderConfig(**sources)
+    with pytest.raises(ValueError, match="version"):
+        LoaderConfig(mix=(MixPart(dataset="b"),), version=1)
+
+
+def test_it_says_what_it_loads_and_with_which_means(mix, folder):
+    line = loader_of(folder, workers=2, threads=3).describe()
+    assert f"96 images of {folder} (version 1, chunk 5, window 2)" in line
+    assert "1 rank(s) of 8 images, each with 2 worker(s) of 3 thread(s)" in line
+    assert "no worker processes" in loader_of(folder).describe()
+    assert "weight 3)" in loader_of(mix).describe()
+    assert "\n" not in line
+
+
+def test_waiting_is_split_without_remainder(folder):
+    loader = loader_of(folder, epochs=1)
+    take(loader, 1000)
+    sums = loader.telemetry.take()
+    parts = sums["wait_fetch_s"] + sums["wait_decode_s"] + sums["wait_handover_s"]
+    assert parts == pytest.approx(sums["data_wait_s"])
+    assert min(sums["wait_fetch_s"], sums["wait_decode_s"], sums["wait_handover_s"]) >= 0
+    assert "worker_restarts" not in sums
+
+
+def test_spans_say_which_worker(folder):
+    loader = MultiCropLoader(
+        loader_of(folder, workers=2).config, CROPS, AugmentConfig(), seed=3, record_spans=True
+    )
+    take(loader, 3)
+    threads = {span.thread.split("/")[0] for span in loader.telemetry.take_spans()}
+    assert {"worker 0", "worker 1"} <= threads

@@ -51,6 +51,18 @@ def test_every_world_size_sees_the_same_global_batches(order, epoch, data):
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
+@given(orders(), st.data())
+def test_epochs_may_differ_from_sample_to_sample(order, data):
+    places = np.arange(order.samples_per_lane)
+    lanes = np.full_like(places, data.draw(st.integers(0, order.lanes - 1)))
+    epochs = np.array(data.draw(st.lists(st.integers(0, 9), min_size=1)))
+    mixed = np.resize(epochs, len(places))
+    found = order.sample_at(mixed, lanes, places)
+    for epoch in set(mixed.tolist()):
+        alone = order.sample_at(epoch, lanes, places)
+        np.testing.assert_array_equal(found[mixed == epoch], alone[mixed == epoch])
+
+
 @given(orders())
 def test_every_sample_is_reached_within_a_few_epochs(order):
     """Left-overs differ between epochs, as long as there are chunks to permute.

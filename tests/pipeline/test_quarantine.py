@@ -3,8 +3,8 @@ import logging
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.fetch import BadSample
 from pipeline.quarantine import Quarantine, in_order
+from pipeline.samples import BadSample
 
 
 def bad(number: int) -> BadSample:
@@ -29,7 +29,7 @@ def test_the_limit_counts_distinct_samples_those_of_the_checkpoint_too():
     first = Quarantine("s3://b/data", limit=2, entries=())
     first.add(bad(1), epoch=0, step=0, substitute=9)
     resumed = Quarantine("s3://b/data", limit=2, entries=first.before(1, 0))
-    assert 1 in resumed
+    assert resumed.known() == (bad(1),)
     for epoch in range(3):
         resumed.add(bad(1), epoch=epoch, step=5, substitute=9)
         resumed.add(bad(2), epoch=epoch, step=6, substitute=9)
@@ -37,11 +37,23 @@ def test_the_limit_counts_distinct_samples_those_of_the_checkpoint_too():
         resumed.add(bad(3), epoch=3, step=0, substitute=9)
 
 
-def test_a_failed_substitute_is_known_but_no_entry():
-    found = Quarantine("data", limit=0, entries=())
-    found.note(4)
-    assert 4 in found
-    assert found.before(1, 0) == []
+def test_what_a_shard_has_lost_is_one_line():
+    """Samples of a shard that cannot be read have no key: nobody got to see them."""
+    found = Quarantine("s3://b/data", limit=40, entries=())
+    for number in range(30):
+        lost = BadSample(number, "", "s3://b/data/00/two.tar", "there is no s3://b/data/00/two.tar")
+        found.add(lost, epoch=0, step=number, substitute=99)
+    for number in range(30, 40):
+        found.add(bad(number), epoch=0, step=number, substitute=99)
+    with pytest.raises(DataError) as caught:
+        found.add(bad(40), epoch=1, step=0, substitute=99)
+    first, *listed = str(caught.value).splitlines()
+    assert first.startswith("41 samples of s3://b/data could not be used, allowed are")
+    assert listed[0].strip() == (
+        "30 of s3://b/data/00/two.tar: there is no s3://b/data/00/two.tar (30)"
+    )
+    assert listed[1].strip() == "11 of data/00/one.tar: checksum differs (11)"
+    assert [line.split()[0] for line in listed[2:]] == [f"key{n}" for n in range(30, 41)]
 
 
 def test_it_speaks_at_the_first_and_the_tenth(caplog: pytest.LogCaptureFixture):

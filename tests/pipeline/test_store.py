@@ -1,5 +1,6 @@
 """One store, two backends: a real S3 server and a local directory must keep the same promises."""
 
+import asyncio
 import os
 import pickle
 import socket
@@ -18,6 +19,7 @@ from pipeline.errors import (
     ObjectChangedError,
     ObjectMissingError,
     StoreError,
+    ThrottledError,
     UsageError,
 )
 from pipeline.store import (
@@ -33,6 +35,7 @@ from pipeline.store import (
     resolve,
     source_errors,
 )
+from tests.support.fault_proxy import FaultProxy, Kind, Rule
 from tests.support.http_server import HttpServer, Page
 from tests.support.s3_server import S3Server
 
@@ -489,3 +492,59 @@ def test_a_web_server_that_fails(page: Page) -> None:
                 read(url)
             assert "hunter" not in str(told.value)
             assert f"127.0.0.1:{web.port}/a.csv" in str(told.value)
+
+
+def stream(store: Store, start: int, length: int, tag: str | None = None) -> list[bytes]:
+    async def collect() -> list[bytes]:
+        return [part async for part in store.stream_range("key", start, length, tag=tag)]
+
+    return asyncio.run(collect())
+
+
+def test_streamed_ranges(store: Store) -> None:
+    body = os.urandom(2**20)
+    store.put_if_absent("key", body)
+    parts = stream(store, 5, 900_000)
+    assert b"".join(parts) == body[5:900_005]
+    assert store.is_local == (len(parts) == 1)
+    for start in (2**20 - 5, 2**20, 2**20 + 5):
+        with pytest.raises(ObjectChangedError, match=r"/key .*restore it.* shard_tools verify"):
+            stream(store, start, 10)
+    store.delete("key")
+    with pytest.raises(ObjectMissingError, match="/key"):
+        stream(store, 0, 10)
+
+
+def test_streamed_ranges_check_the_tag(bucket_store: Store) -> None:
+    bucket_store.put_if_absent("key", b"0123456789")
+    info = bucket_store.head("key")
+    assert info is not None
+    assert stream(bucket_store, 2, 3, info.tag) == [b"234"]
+    with pytest.raises(ObjectChangedError, match="recorded"):
+        stream(bucket_store, 2, 3, '"another"')
+
+
+@pytest.mark.parametrize(
+    ("rule", "error"),
+    [
+        (Rule(kind=Kind.REFUSE, status=503), ThrottledError),
+        (Rule(kind=Kind.REFUSE, status=429), ThrottledError),
+        (Rule(kind=Kind.REFUSE, status=500), StoreError),
+        (Rule(kind=Kind.RESET), StoreError),
+        (Rule(kind=Kind.CUT, after_bytes=300_000), StoreError),
+    ],
+)
+def test_streamed_ranges_are_asked_for_once(
+    s3: S3Server,
+    bucket_store: Store,
+    rule: Rule,
+    error: type[StoreError],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bucket_store.put_if_absent("key", bytes(10**6))
+    with FaultProxy(s3.url, [rule]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        with pytest.raises(StoreError) as caught:
+            stream(open_store(bucket_store.url), 0, 10**6)
+    assert type(caught.value) is error
+    assert len(proxy.exchanges) == 1

@@ -1,6 +1,11 @@
+import os
+import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.telemetry import Telemetry
+from pipeline.telemetry import Span, Telemetry
 
 
 def test_many_threads_add_and_a_take_starts_over():
@@ -23,3 +28,53 @@ def test_timed_adds_what_has_passed_also_on_an_exception():
         except ValueError:
             pass
     assert telemetry.total("decode_s") > 0
+
+
+def test_spans_are_kept_only_if_asked_for():
+    telemetry = Telemetry()
+    telemetry.record("decode_s", 1.0, 3.5)
+    assert telemetry.take_spans() == []
+    assert telemetry.take() == {"decode_s": 2.5}
+
+
+def test_a_span_says_what_who_and_when():
+    telemetry = Telemetry(record_spans=True)
+    before = time.perf_counter()
+    thread = threading.Thread(target=lambda: _timed(telemetry), name="decode_7")
+    thread.start()
+    thread.join()
+    (span,) = telemetry.take_spans()
+    assert (span.name, span.thread) == ("decode", "decode_7")
+    assert before <= span.start_s <= span.end_s <= time.perf_counter()
+    assert telemetry.total("decode_s") == span.end_s - span.start_s
+    assert telemetry.take_spans() == []
+
+
+def test_threads_of_several_owners_are_told_apart():
+    telemetry = Telemetry(record_spans=True, owner="worker 3")
+    telemetry.record("decode_s", 1.0, 2.0)
+    (span,) = telemetry.take_spans()
+    assert span.thread == f"worker 3/{threading.current_thread().name}"
+
+
+def test_what_another_has_taken_is_added():
+    telemetry = Telemetry()
+    span = Span("fetch", "worker 0/fetch", 1.0, 2.0)
+    telemetry.merge({"fetch_s": 1.0, "fetch_bytes": 5}, [span])
+    telemetry.merge({"fetch_bytes": 6})
+    assert telemetry.take() == {"fetch_s": 1.0, "fetch_bytes": 11}
+    assert telemetry.take_spans() == [span]
+
+
+def test_processes_of_a_machine_share_the_clock_of_spans():
+    program = "import time; print(time.perf_counter())"
+    before = time.perf_counter()
+    told = subprocess.run(
+        [sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True
+    )
+    assert before < float(told.stdout) < time.perf_counter(), os.uname()
+
+
+def _timed(telemetry: Telemetry) -> None:
+    with telemetry.timed("decode_s"):
+        pass

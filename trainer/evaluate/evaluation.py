@@ -64,7 +64,7 @@ class Evaluation:
     def features(self, dataset: str, *, trained: bool) -> Features:
         """Features of every image of a data set."""
         loader = SequentialLoader(
-            replace(self.config.loader, dataset=dataset, version=0),
+            replace(self.config.loader, dataset=dataset, version=0, mix=()),
             self.config.augment,
             size_px=self.size_px,
             batch_size=self.batch_size,

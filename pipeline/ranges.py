@@ -1,0 +1,361 @@
+"""Ranges of objects, whatever becomes of the requests for them.
+
+Called by pipeline.samples for everything a loader reads. A range is asked for by one GET at a time
+and is done when its last byte is there:
+
+- A request that breaks, or whose body is short, is followed by one for the rest.
+- One that falls silent, or below a floor of bytes a second, is dropped and followed likewise; the
+  next is given twice the time unless bytes have come.
+- One that takes longer than nearly all others did gets a second beside it, for the rest (a hedge,
+  after Dean and Barroso, "The Tail at Scale", 2013); whoever is done first wins. What the loser had
+  read meanwhile is wasted, so hedges spend from a small share of all bytes read.
+- A store that asks for fewer requests gets fewer: the number in flight is cut by half, and grows
+  again with every range that arrives (additive increase, multiplicative decrease, as TCP does).
+- Between two attempts there are pauses, which double and are drawn at random (pipeline.pacing).
+
+All reading of a process happens on one asyncio loop in one thread (`fetch_loop`): hundreds of
+requests cost no threads, and what follows needs no locks. Missing or changed objects and denied
+access are told at once; everything else is waited for, for `patience_s` without a byte.
+"""
+
+import asyncio
+import functools
+import logging
+import math
+import threading
+from collections.abc import AsyncIterator, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from time import monotonic, perf_counter
+from typing import Annotated, Any, TypeVar
+
+from annotated_types import Ge, Gt, Le
+
+from pipeline.cache import RangeCache
+from pipeline.errors import (
+    AccessDeniedError,
+    ObjectChangedError,
+    ObjectMissingError,
+    StoreError,
+    ThrottledError,
+)
+from pipeline.pacing import HedgeBudget, Limiter, Pace, Patience
+from pipeline.store import Store
+from pipeline.telemetry import Telemetry
+
+_TICK_S = 0.1  # between two looks at a request's pace
+_QUIET_S = 5.0  # of failures before anybody is told, and between two messages
+
+_FINAL = (AccessDeniedError, ObjectMissingError, ObjectChangedError)
+
+_log = logging.getLogger(__name__)
+_starting = threading.Lock()
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FetchConfig:
+    """Section `fetch`: how samples are read from the store."""
+
+    requests: Annotated[int, Gt(0)] = 32  # in flight at most, a rank
+    stall_s: Annotated[float, Gt(0)] = 3.0  # without a byte, or below the floor: asked again
+    floor_bytes_per_s: Annotated[int, Ge(0)] = 64 << 10  # of one request
+    hedge_share: Annotated[float, Ge(0), Le(1)] = 0.05  # of all bytes, for second requests
+    patience_s: Annotated[float, Ge(0)] = 300.0  # with a store that is out of reach
+    cache_dir: str = ""  # where to keep what was read; empty: nowhere
+    cache_bytes: Annotated[int, Ge(0)] = 0  # all processes of a machine together
+
+    def __post_init__(self) -> None:
+        if self.cache_dir and not self.cache_bytes:
+            raise ValueError("cache_dir needs cache_bytes, how much may be kept there")
+
+
+def fetch_loop() -> asyncio.AbstractEventLoop:
+    """The loop on which all reading of this process happens, in a thread of its own."""
+    with _starting:  # functools.cache alone lets two first callers start one each
+        return _start_loop()
+
+
+@functools.cache
+def _start_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="fetch", daemon=True).start()
+    return loop
+
+
+def begin(work: Coroutine[Any, Any, T]) -> Future[T]:
+    """Start reading on the fetch loop."""
+    return asyncio.run_coroutine_threadsafe(work, fetch_loop())
+
+
+class RangeReader:
+    """Reads ranges; see the module. Use it on `fetch_loop`, but `close` from anywhere.
+
+    One for all sources of a process, so that they share the limits. `cache` is the disk cache of
+    the configuration, or None.
+    """
+
+    def __init__(self, config: FetchConfig, telemetry: Telemetry) -> None:
+        self.config = config
+        self.telemetry = telemetry
+        self.cache = (
+            RangeCache(config.cache_dir, config.cache_bytes, telemetry)
+            if config.cache_dir
+            else None
+        )
+        self.limiter = Limiter(config.requests)
+        self.hedges = HedgeBudget(config.hedge_share)
+        self.pace = Pace()
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._closed = False
+        self._told = -math.inf  # when a warning was last written
+
+    async def read(
+        self, store: Store, key: str, start_bytes: int, length_bytes: int, *, tag: str | None = None
+    ) -> bytes:
+        """Exactly `length_bytes` bytes from `start_bytes` on.
+
+        Raises AccessDeniedError, ObjectMissingError, ObjectChangedError (also of an object that is
+        shorter) at once; StoreError after `patience_s` without a byte, or because of `close`.
+        """
+        if length_bytes == 0:
+            return b""
+        wanted = _Range(store, key, start_bytes, length_bytes, tag)
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            self._check_open(wanted)
+            return await self._complete(wanted)
+        except asyncio.CancelledError:
+            self._check_open(wanted)
+            raise
+        finally:
+            self._tasks.discard(task)
+
+    def close(self) -> None:
+        """End all reading at once, also what waits for a store: everybody gets a StoreError."""
+        self._closed = True
+        fetch_loop().call_soon_threadsafe(self._cancel)
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    def _check_open(self, wanted: "_Range") -> None:
+        if self._closed:
+            raise StoreError(f"reading {wanted.url} was ended: the loader was closed")
+
+    async def _complete(self, wanted: "_Range") -> bytes:
+        patience = Patience(self.config.patience_s)
+        attempt = self._copy if wanted.store.is_local else self._race
+        while wanted.missing_bytes:
+            before = wanted.missing_bytes
+            try:
+                async with self.limiter:
+                    await attempt(wanted, self.config.stall_s * 2**patience.failures)
+            except _FINAL:
+                raise
+            except StoreError as error:
+                if wanted.missing_bytes < before:
+                    patience = Patience(self.config.patience_s)
+                self._count_failure(wanted)
+                pause_s = patience.pause_s(error)
+                self._tell(error, patience)
+                await asyncio.sleep(pause_s)
+        self.limiter.succeeded()
+        self.hedges.earn(wanted.length_bytes)
+        self.telemetry.add(fetch_bytes=wanted.length_bytes)
+        return wanted.body()
+
+    async def _copy(self, wanted: "_Range", _: float) -> None:
+        """A file's range: disks neither stall nor profit from a second reader."""
+        request = _Request(self, wanted)
+        try:
+            await request.task
+        finally:
+            request.task.cancel()
+            self.telemetry.record("fetch_s", request.started, perf_counter())
+        wanted.append(request)
+        request.check()
+
+    async def _race(self, wanted: "_Range", stall_s: float) -> None:
+        race = _Race(self, wanted, stall_s)
+        try:
+            await race.run()
+        finally:
+            race.stop()
+
+    def _count_failure(self, wanted: "_Range") -> None:
+        resumed = wanted.missing_bytes < wanted.length_bytes
+        self.telemetry.add(fetch_retries=1, fetch_resumes=resumed)
+
+    def _tell(self, error: StoreError, patience: Patience) -> None:
+        now = monotonic()
+        if now - patience.since > _QUIET_S and now - self._told > _QUIET_S:
+            self._told = now
+            _log.warning("%s; waiting for it, up to %.0f s", error, patience.left_s(now))
+
+
+class _Range:
+    """A range and what of it has arrived."""
+
+    def __init__(
+        self, store: Store, key: str, start_bytes: int, length_bytes: int, tag: str | None
+    ) -> None:
+        self.store, self.key, self.tag = store, key, tag
+        self.start_bytes, self.length_bytes = start_bytes, length_bytes
+        self.missing_bytes = length_bytes
+        self._parts: list[bytes] = []
+
+    @property
+    def url(self) -> str:
+        return self.store.url_of(self.key)
+
+    def stream_rest(self) -> AsyncIterator[bytes]:
+        reached = self.start_bytes + self.length_bytes - self.missing_bytes
+        return self.store.stream_range(self.key, reached, self.missing_bytes, tag=self.tag)
+
+    def append(self, request: "_Request") -> None:
+        """Take over what a request for the rest has read; it starts anew from there."""
+        self._parts += request.parts
+        self.missing_bytes -= request.num_bytes
+        request.restart(self.missing_bytes)
+
+    def body(self) -> bytes:
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+
+class _Request:
+    """One GET for the rest of a range."""
+
+    def __init__(self, reader: RangeReader, wanted: _Range) -> None:
+        self.started = perf_counter()
+        self.restart(wanted.missing_bytes)
+        self._url = wanted.url
+        self._error: StoreError | None = None
+        self._last_byte = self._window_start = monotonic()
+        self._window_bytes = 0
+        self.task = asyncio.create_task(self._run(wanted.stream_rest()))
+        reader.telemetry.add(fetch_requests=1)
+
+    def restart(self, wanted_bytes: int) -> None:
+        self.parts: list[bytes] = []
+        self.num_bytes, self._wanted_bytes = 0, wanted_bytes
+
+    async def _run(self, stream: AsyncIterator[bytes]) -> None:
+        try:
+            async for part in stream:
+                if self.num_bytes + len(part) > self._wanted_bytes:
+                    raise StoreError(
+                        f"cannot read {self._url}: more bytes came than were asked for"
+                    )
+                self.parts.append(part)
+                self.num_bytes += len(part)
+                self._window_bytes += len(part)
+                self._last_byte = monotonic()
+        except StoreError as error:
+            self._error = error
+
+    def check(self) -> None:
+        """Raise what ended a request that is done before its last byte came."""
+        self.task.result()
+        if self._error is not None:
+            raise self._error
+        if self.num_bytes < self._wanted_bytes:
+            raise StoreError(
+                f"cannot read {self._url}: the answer ended {self._wanted_bytes - self.num_bytes} "
+                "bytes early; check the network and what lies between here and the store"
+            )
+
+    def is_stalled(self, window_s: float, floor_bytes_per_s: float) -> bool:
+        """Whether nothing came for the length of a window, or too little in the last one."""
+        now = monotonic()
+        if now - self._last_byte > window_s:
+            return True
+        if now - self._window_start < window_s:
+            return False
+        slow = self._window_bytes < floor_bytes_per_s * (now - self._window_start)
+        self._window_start, self._window_bytes = now, 0
+        return slow
+
+
+class _Race:
+    """The rest of a range by one request or, once that is late, by two."""
+
+    def __init__(self, reader: RangeReader, wanted: _Range, stall_s: float) -> None:
+        self._reader, self._wanted, self._stall_s = reader, wanted, stall_s
+        self._started = perf_counter()
+        self._running = [_Request(reader, wanted)]
+        self._begun = list(self._running)
+        self._reserved_bytes = 0
+
+    async def run(self) -> None:
+        """Return when the range is whole; raise StoreError when the last request has failed."""
+        while True:
+            tasks = [request.task for request in self._running]
+            await asyncio.wait(tasks, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            for request in list(self._running):
+                self._look_at(request)
+                if not self._wanted.missing_bytes:
+                    return
+            self._hedge_if_late()
+
+    def stop(self) -> None:
+        """End what still runs, and account for what was read twice."""
+        for request in self._running:
+            request.task.cancel()
+        now = perf_counter()
+        for request in self._begun:
+            self._reader.telemetry.record("fetch_s", request.started, now)
+        wasted = min(self._reserved_bytes, sum(request.num_bytes for request in self._begun))
+        self._reader.hedges.refund(self._reserved_bytes - wasted)
+        self._reader.telemetry.add(fetch_hedge_bytes=wasted)
+
+    def _look_at(self, request: _Request) -> None:
+        if request.task.done():
+            self._finish(request)
+        elif request.is_stalled(self._stall_s, self._reader.config.floor_bytes_per_s):
+            self._drop(request)
+
+    def _finish(self, request: _Request) -> None:
+        try:
+            request.check()
+        except _FINAL:
+            raise
+        except ThrottledError as error:
+            self._reader.limiter.throttled()
+            self._reader.telemetry.add(fetch_throttled=1)
+            self._lose(request, error)
+        except StoreError as error:
+            self._lose(request, error)
+        else:
+            self._wanted.append(request)
+            self._reader.pace.add(self._wanted.length_bytes, perf_counter() - self._started)
+
+    def _drop(self, request: _Request) -> None:
+        request.task.cancel()
+        self._reader.limiter.stalled()
+        self._reader.telemetry.add(fetch_stalls=1)
+        reason = f"hardly a byte came for {self._stall_s:g} s"
+        self._lose(request, StoreError(f"cannot read {self._wanted.url}: {reason}"))
+
+    def _lose(self, request: _Request, error: StoreError) -> None:
+        self._running.remove(request)
+        if not self._running:
+            self._wanted.append(request)
+            raise error
+
+    def _hedge_if_late(self) -> None:
+        """What has arrived by now is common to both; the second request asks for the rest."""
+        reader, wanted, request = self._reader, self._wanted, self._running[0]
+        rest = wanted.missing_bytes - request.num_bytes
+        late = perf_counter() - self._started > reader.pace.late_s(wanted.length_bytes)
+        if len(self._running) > 1 or rest <= 0 or not late or reader.limiter.is_resting():
+            return
+        if reader.hedges.reserve(rest):
+            self._reserved_bytes += rest
+            wanted.append(request)
+            self._running.append(_Request(reader, wanted))
+            self._begun.append(self._running[-1])
+            reader.telemetry.add(fetch_hedges=1)

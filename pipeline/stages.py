@@ -1,0 +1,342 @@
+"""The stages of a loader measured one by one, and the loader as a whole; called by profile.
+
+    reading    chunks of the data set at random places, as far ahead as the loader, not decoded
+    cutting    decoding and crops of some images on one core; colour on the CPU
+    loader     the real one from end to end, with its worker processes
+    device     copying a batch and its colour, where there is a CUDA device
+
+CPU seconds are those of this process and its workers together (pipeline.usage); the time to start
+is left out everywhere.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment_device import augment
+from pipeline.augment_host import augment_pixels
+from pipeline.crops import CropsConfig, block_shapes, crop_boxes, decode_crops
+from pipeline.decode import decode_rgbx, guard_header
+from pipeline.errors import DataError, SampleError
+from pipeline.fetch import FetchConfig, Piece, Prefetcher
+from pipeline.loader import Batch, CutBatch, LoaderConfig, MultiCropLoader
+from pipeline.manifest import Snapshot
+from pipeline.samples import RawSample, SampleReader
+from pipeline.store import Store
+from pipeline.telemetry import Span, Telemetry
+from pipeline.timeline import HandedOver
+from pipeline.usage import cpu_seconds, resident_bytes
+
+Uint8 = NDArray[np.uint8]
+T = TypeVar("T")
+Tick = Callable[[float], object]  # told the seconds that have passed since the last one
+
+_SAMPLES = 256  # kept in memory to be cut again and again
+_SETTLING_BATCHES = 4  # handed over before the clock starts
+_MOST_SPANS = 1_000_000  # some 200 MB; a minute of a node has more, of a rank hardly
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The sections of a configuration that a loader depends on."""
+
+    loader: LoaderConfig
+    fetch: FetchConfig = field(default_factory=FetchConfig)
+    crops: CropsConfig = field(default_factory=CropsConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What came while nothing but reading was done."""
+
+    wall_s: float
+    cpu_s: float
+    read_bytes: float
+    requests: float
+    retries: float
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.read_bytes / self.wall_s
+
+    @property
+    def request_bytes(self) -> float:
+        """Mean size of a read."""
+        return self.read_bytes / self.requests
+
+    @property
+    def cpu_s_per_gigabyte(self) -> float:
+        return self.cpu_s / self.read_bytes * 1e9
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """CPU seconds an image, on one core."""
+
+    decode_s: float  # all pixels
+    crops_s: float  # decoding, as far as the crops need it, cutting and resizing
+    colour_s: float
+
+
+@dataclass(frozen=True)
+class Looping:
+    """What the loader did between the first batch that counted and the last.
+
+    sums: what its telemetry counted. start_s: from asking for the first batch to having it.
+    """
+
+    start_s: float
+    wall_s: float
+    cpu_s: float
+    num_images: int
+    resident_bytes: int
+    sums: dict[str, float]
+    spans: list[Span]
+    batches: list[HandedOver]
+
+    @property
+    def images_per_s(self) -> float:
+        return self.num_images / self.wall_s
+
+    @property
+    def cpu_s_per_image(self) -> float:
+        return self.cpu_s / self.num_images
+
+    def share(self, name: str) -> float:
+        """Of the wall time; 0 for what was never counted."""
+        return self.sums.get(name, 0.0) / self.wall_s
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """Seconds a batch on the CUDA device."""
+
+    copy_s: float
+    colour_s: float
+    batch_size: int
+
+    @property
+    def images_per_s(self) -> float:
+        """As if the device had nothing else to do."""
+        return self.batch_size / (self.copy_s + self.colour_s)
+
+
+def measure_reading(
+    dataset: Store,
+    snapshot: Snapshot,
+    fetch: FetchConfig,
+    *,
+    chunk: int,
+    ahead_bytes: int,
+    seconds: float,
+    tick: Tick,
+) -> tuple[Reading, list[RawSample]]:
+    """Read chunks for some seconds; also some of the samples. Raises as `SampleReader.read` does.
+
+    Raises DataError if no sample that was read is whole.
+    """
+    telemetry = Telemetry()
+    reader = SampleReader(dataset, snapshot, telemetry, fetch=fetch)
+    sample_bytes = float(np.sum(snapshot.tar_bytes)) / snapshot.num_kept
+    asked, taken = itertools.tee(_random_pieces(snapshot.num_kept, chunk))
+    prefetcher = Prefetcher([reader], asked, ahead_bytes=ahead_bytes, sample_bytes=[sample_bytes])
+    kept: list[RawSample] = []
+    try:
+        _take(prefetcher, next(taken), kept)
+        telemetry.take()
+        cpu_s, start = cpu_seconds(), time.perf_counter()
+        for piece in _until(start + seconds, taken, tick):
+            _take(prefetcher, piece, kept)
+        wall_s, cpu_s = time.perf_counter() - start, cpu_seconds() - cpu_s
+        sums = telemetry.take()
+    finally:
+        prefetcher.close()
+    if not kept:
+        raise DataError(
+            f"none of the samples read of {dataset.url} is whole; run `python -m shard_tools "
+            f"verify {dataset.url}`"
+        )
+    counts = [sums.get(name, 0.0) for name in ("fetch_bytes", "fetch_requests", "fetch_retries")]
+    return Reading(wall_s, cpu_s, *counts), kept
+
+
+def measure_cutting(
+    samples: Sequence[RawSample], crops: CropsConfig, augmentation: AugmentConfig, *, seconds: float
+) -> Cutting:
+    """Decode, cut and colour samples on one core, a third of the time each.
+
+    Raises DataError if none of them is an image.
+    """
+    images = [sample for sample in samples if _is_image(sample, crops)]
+    if not images:
+        raise DataError(
+            f"none of {len(samples)} samples can be decoded, the first of them "
+            f"{samples[0].key} of {samples[0].shard}; run `python -m shard_tools verify`"
+        )
+    blocks = _empty_blocks(crops, len(images))
+    decode_s, crops_s, colour_s = (
+        _cpu_s(work, seconds / 3) / len(images)
+        for work in (
+            lambda: _decode(images),
+            lambda: _cut(images, crops, blocks),
+            lambda: _colour(images, blocks, augmentation),
+        )
+    )
+    return Cutting(decode_s, crops_s, colour_s)
+
+
+def measure_loader(loader: MultiCropLoader, *, seconds: float, tick: Tick) -> Looping:
+    """Take batches for some seconds, as fast as they come."""
+    telemetry, device = loader.telemetry, loader.device
+    spans: list[Span] = []
+    asked = time.perf_counter()
+    batches: Iterator[Batch | CutBatch] = (
+        iter(loader) if device.type == "cuda" else iter(loader.cut_batches())
+    )
+    next(batches)
+    start_s = time.perf_counter() - asked
+    for _ in range(_SETTLING_BATCHES - 1):
+        next(batches)
+    telemetry.take()
+    telemetry.take_spans()
+    cpu_s, start = cpu_seconds(), time.perf_counter()
+    handed = [HandedOver(start, loader.batch_size)]
+    for batch in _until(start + seconds, batches, tick):
+        handed.append(HandedOver(time.perf_counter(), len(batch.samples)))
+        found = telemetry.take_spans()
+        spans += found[: _MOST_SPANS - len(spans)]
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Looping(
+        start_s,
+        time.perf_counter() - start,
+        cpu_seconds() - cpu_s,
+        sum(batch.num_images for batch in handed[1:]),
+        resident_bytes(),
+        telemetry.take(),
+        spans,
+        handed,
+    )
+
+
+def measure_device(
+    batch_size: int, crops: CropsConfig, augmentation: AugmentConfig, device: torch.device
+) -> DeviceWork:
+    """Copy a batch to a CUDA device and colour it there, with nothing else going on."""
+    blocks = [torch.from_numpy(each).pin_memory() for each in _empty_blocks(crops, batch_size)]
+    on_device = [block.to(device) for block in blocks]
+    copy_s = _device_s(lambda: [block.to(device, non_blocking=True) for block in blocks])
+    colour_s = _device_s(lambda: _colour_on_device(on_device, batch_size, augmentation))
+    return DeviceWork(copy_s, colour_s, batch_size)
+
+
+def _until(deadline_s: float, items: Iterator[T], tick: Tick) -> Iterator[T]:
+    """Items until a time of perf_counter; at least one."""
+    last = time.perf_counter()
+    for item in items:
+        yield item
+        now = time.perf_counter()
+        tick(now - last)
+        last = now
+        if now >= deadline_s:
+            return
+
+
+def _random_pieces(num_samples: int, chunk: int) -> Iterator[Piece]:
+    """Chunks at random places, for ever; their numbers stand for epochs, to tell them apart."""
+    places = np.random.default_rng(0)
+    for number in itertools.count():
+        first = int(places.integers(-(-num_samples // chunk))) * chunk
+        last = min(first + chunk, num_samples) - 1
+        yield Piece(0, number, first, last, frozenset(range(first, last + 1)))
+
+
+def _take(prefetcher: Prefetcher, piece: Piece, kept: list[RawSample]) -> None:
+    for number in range(piece.first, piece.last + 1):
+        sample = prefetcher.take(0, piece.epoch, number)
+        if isinstance(sample, RawSample) and len(kept) < _SAMPLES:
+            kept.append(sample)
+
+
+def _is_image(sample: RawSample, crops: CropsConfig) -> bool:
+    try:
+        _cut([sample], crops, _empty_blocks(crops, 1))
+    except SampleError:
+        return False
+    return True
+
+
+def _empty_blocks(crops: CropsConfig, batch_size: int) -> list[Uint8]:
+    return [np.zeros(shape, np.uint8) for shape in block_shapes(crops, batch_size)]
+
+
+def _decode(images: Sequence[RawSample]) -> None:
+    for image in images:
+        decode_rgbx(image.data, guard_header(image.data))
+
+
+def _cut(images: Sequence[RawSample], crops: CropsConfig, blocks: Sequence[Uint8]) -> None:
+    headers = [guard_header(image.data) for image in images]
+    boxes = crop_boxes(
+        crops,
+        seed=0,
+        epoch=0,
+        sample=[image.number for image in images],
+        width_px=[header.width_px for header in headers],
+        height_px=[header.height_px for header in headers],
+    )
+    for slot, (image, header) in enumerate(zip(images, headers, strict=True)):
+        decode_crops(image.data, header, boxes[slot], [block[:, slot] for block in blocks])
+
+
+def _colour(
+    images: Sequence[RawSample], blocks: Sequence[Uint8], augmentation: AugmentConfig
+) -> None:
+    numbers, first = [sample.number for sample in images], 0
+    for block in blocks:
+        crops = range(first, first + len(block))
+        drawn = draw_augment(augmentation, seed=0, epoch=0, samples=numbers, crop_indices=crops)
+        augment_pixels(block, drawn)
+        first += len(block)
+
+
+def _cpu_s(work: Callable[[], None], seconds: float) -> float:
+    """CPU seconds of one call of it, by the mean of as many as fit; the first may compile."""
+    work()
+    calls, start, deadline = 0, time.thread_time(), time.perf_counter() + seconds
+    while calls == 0 or time.perf_counter() < deadline:
+        work()
+        calls += 1
+    return (time.thread_time() - start) / calls
+
+
+def _colour_on_device(
+    blocks: Sequence[torch.Tensor], batch_size: int, augmentation: AugmentConfig
+) -> None:
+    first = 0
+    for block in blocks:
+        indices = range(first, first + len(block))
+        samples = range(batch_size)
+        drawn = draw_augment(augmentation, seed=0, epoch=0, samples=samples, crop_indices=indices)
+        augment(block.flatten(0, 1).permute(0, 3, 1, 2), drawn, augmentation)
+        first += len(block)
+
+
+def _device_s(work: Callable[[], object], repeats: int = 10) -> float:
+    """Seconds of one call, host work included; the first calls warm up."""
+    for _ in range(3):
+        work()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats

@@ -1,0 +1,390 @@
+"""Batches of multi-crops from plain WebDataset tars: for data that nobody has indexed yet.
+
+Called by the trainer in place of pipeline.loader when `loader.dataset` names tars. Bytes, order and
+losses are pipeline.tars' business; guards, crops and colours are those of the loader. What the
+loader promises and a stream cannot is said once, when it begins (`LOST`). Threads of the training
+process do the work: a stream is the way to a first look, and adopting the shards in place
+(`python -m shard_tools adopt`) the way to a run.
+
+An image that cannot be used is left out, entered in the quarantine, and the next one takes its
+slot. Crops and colours are a function of (seed, epoch, slot): a slot is numbered over all ranks.
+"""
+
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.augment import AugmentConfig, AugmentParams, draw_augment
+from pipeline.augment_device import augment
+from pipeline.augment_host import augment_pixels, normalize_into
+from pipeline.crops import CropsConfig, block_shapes, crop_boxes, decode_crops
+from pipeline.decode import ImageHeader, guard_header
+from pipeline.errors import SampleError, UsageError
+from pipeline.loader import Batch, LoaderConfig
+from pipeline.quarantine import Quarantine
+from pipeline.samples import BadSample, RawSample
+from pipeline.tars import TarStream, expand_tars
+from pipeline.telemetry import Telemetry
+
+Int64 = NDArray[np.int64]
+UInt8 = NDArray[np.uint8]
+
+LOST = (
+    "%s is streamed as it is, without an index. Lost are: the same batches for every world size, "
+    "exact resuming (the data continue at another place), samples seen equally often, checksums, "
+    "and the isolation of the decoder in processes of its own. To have them, adopt the tars in "
+    "place: python -m shard_tools adopt"
+)
+
+_JOBS_PER_THREAD = 4  # of a batch, so that its threads finish together
+_READ_AHEAD = 64  # images between the stream and the decoding threads, beside those shuffled
+_GLANCE_S = 0.2  # how long a thread waits before it looks whether all is over
+_POSITION = ("epoch", "step")
+
+_log = logging.getLogger(__name__)
+
+
+class StreamingLoader:
+    """Endless batches of multi-crops from tars; the public side of `MultiCropLoader`.
+
+    Args:
+        epoch_samples: what counts as an epoch; nobody knows how many images there are.
+        shuffle_samples: encoded images held in memory to be shuffled, a rank.
+        The others as of MultiCropLoader; of `config`, the order's settings do not apply.
+
+    Raises UsageError for a data set or sizes that do not fit; while iterating, StoreError when a
+    store stays out of reach, DataError when more than `max_bad_samples` images were bad, or all.
+    """
+
+    def __init__(
+        self,
+        config: LoaderConfig,
+        crops: CropsConfig,
+        augmentation: AugmentConfig,
+        *,
+        epoch_samples: int,
+        shuffle_samples: int = 2000,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        local_world_size: int = 1,
+        device: torch.device | str = "cpu",
+        epochs: int | None = None,
+        state: Mapping[str, Any] | None = None,
+        quarantine: Iterable[Mapping[str, Any]] = (),
+        record_spans: bool = False,
+    ) -> None:
+        _check_sizes(config.global_batch, epoch_samples, world_size)
+        self.config = config
+        self.crops = crops
+        self.augmentation = augmentation
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.device = torch.device(device)
+        self.epochs = epochs
+        self.num_samples = epoch_samples
+        self.telemetry = Telemetry(record_spans=record_spans)
+        self.quarantine = Quarantine(
+            config.dataset, limit=config.max_bad_samples, entries=quarantine
+        )
+        self._known = {bad.number for bad in self.quarantine.known()}  # not to be met again
+        self._stream = TarStream(
+            expand_tars(config.dataset),
+            seed=seed,
+            shuffle_samples=shuffle_samples,
+            telemetry=self.telemetry,
+            rank=rank,
+            world_size=world_size,
+        )
+        cores = len(os.sched_getaffinity(0))
+        self._num_threads = config.threads or max(1, cores // local_world_size)
+        self._epoch, self._step = 0, 0
+        self._work: _Work | None = None
+        if rank == 0:
+            _log.warning(LOST, config.dataset)
+        if state is not None:
+            self.load_state_dict(state)
+
+    @property
+    def batch_size(self) -> int:
+        """Images a step of this rank."""
+        return self.config.global_batch // self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.num_samples // self.config.global_batch
+
+    def describe(self) -> str:
+        """What is read, in a line for the log."""
+        return (
+            f"{len(self._stream.urls)} tars of {self.config.dataset}, streamed; an epoch counts "
+            f"{self.num_samples} images, {self.world_size} rank(s) of {self.batch_size} images, "
+            f"{self._num_threads} threads"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the run is behind the last yielded batch; not which images it has seen."""
+        return {
+            "streamed": self.config.dataset,
+            "num_samples": self.num_samples,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "step": self._step,
+            "global_batch": self.config.global_batch,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Count on from a saved position. Raises UsageError if the state is of another run."""
+        for name, mine in self.state_dict().items():
+            if name not in _POSITION and state.get(name) != mine:
+                raise UsageError(
+                    f"the checkpoint was written with {name}={state.get(name)!r} of the loader, "
+                    f"now it is {mine!r}; set it back, or start a new run under another "
+                    "checkpoint.run"
+                )
+        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        if self.rank == 0:
+            _log.warning(
+                "resuming at epoch %d, step %d: the data continue at another place of %s, so that "
+                "some images come again early and others late",
+                self._epoch,
+                self._step,
+                self.config.dataset,
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        samples = self._stream.samples(self._epoch, self._step, is_known=self._known.__contains__)
+        work = self._work = _Work(samples, self._num_threads)
+        positions = self._positions(self._epoch, self._step)
+        free = [self._new_blocks() for _ in range(self.config.prefetch_batches + 1)]
+        pending: deque[_Filling] = deque()
+        try:
+            while True:
+                while free and (position := next(positions, None)) is not None:
+                    pending.append(self._submit(work, *position, free.pop()))
+                if not pending:
+                    return
+                filling = pending.popleft()
+                batch = self._finish(filling)
+                free.append(filling.blocks)
+                self._epoch, self._step = self._behind(batch.epoch, batch.step)
+                yield batch
+        finally:
+            work.stop()
+
+    def close(self) -> None:
+        """Stop the threads; nothing is left behind."""
+        if self._work is not None:
+            self._work.stop()
+            self._work = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _positions(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
+        while self.epochs is None or epoch < self.epochs:
+            yield epoch, step
+            epoch, step = self._behind(epoch, step)
+
+    def _behind(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0)
+
+    def _new_blocks(self) -> list[UInt8]:
+        return [np.empty(shape, np.uint8) for shape in block_shapes(self.crops, self.batch_size)]
+
+    def _submit(self, work: "_Work", epoch: int, step: int, blocks: list[UInt8]) -> "_Filling":
+        first = step * self.config.global_batch + self.rank * self.batch_size
+        slots = np.arange(first, first + self.batch_size, dtype=np.int64)
+        filling = _Filling(epoch, step, slots, blocks)
+        parts = min(len(slots), self._num_threads * _JOBS_PER_THREAD)
+        for rows in np.array_split(np.arange(len(slots)), parts):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            filling.jobs.append(work.threads.submit(self._fill, work, filling, part))
+        return filling
+
+    def _fill(self, work: "_Work", filling: "_Filling", rows: slice) -> list[BadSample]:
+        """Fill some rows of a batch with the next images that can be used; returns the others.
+
+        Leaves off once those are more than the run allows, by themselves.
+        """
+        blocks = [block[:, rows] for block in filling.blocks]
+        bad: dict[int, BadSample] = {}
+        for row, slot in enumerate(filling.slots[rows].tolist()):
+            out = [block[:, row] for block in blocks]
+            while (found := self._cut(work.take(), filling.epoch, slot, out)) is not None:
+                self._known.add(found.number)
+                bad[found.number] = found
+                if len(bad) > self.config.max_bad_samples:
+                    return list(bad.values())
+        if self.device.type == "cpu":
+            self._colour(filling.epoch, filling.slots[rows], blocks)
+        return list(bad.values())
+
+    def _cut(
+        self, sample: RawSample, epoch: int, slot: int, out: Sequence[UInt8]
+    ) -> BadSample | None:
+        """Cut an image's crops into a slot; what is wrong with it if it cannot be used."""
+        try:
+            header = guard_header(sample.data, max_pixels=self.config.max_image_pixels)
+            boxes = self._boxes(header, epoch, slot)
+            with self.telemetry.timed("decode_s"):
+                reduced = self.crops.reduced_decode
+                decode_crops(sample.data, header, boxes, out, reduced=reduced)
+        except SampleError as error:
+            return BadSample(sample.number, sample.key, sample.shard, str(error))
+        return None
+
+    def _boxes(self, header: ImageHeader, epoch: int, slot: int) -> NDArray[np.int32]:
+        return crop_boxes(
+            self.crops,
+            seed=self.seed,
+            epoch=epoch,
+            sample=slot,
+            width_px=header.width_px,
+            height_px=header.height_px,
+        )
+
+    def _colour(self, epoch: int, slots: Int64, blocks: Sequence[UInt8]) -> None:
+        with self.telemetry.timed("colour_s"):
+            for block, first in _with_first_crop(blocks):
+                augment_pixels(block, self._draw(epoch, slots, range(first, first + len(block))))
+
+    def _draw(self, epoch: int, slots: Int64, crops: range) -> AugmentParams:
+        return draw_augment(
+            self.augmentation, seed=self.seed, epoch=epoch, samples=slots, crop_indices=crops
+        )
+
+    def _finish(self, filling: "_Filling") -> Batch:
+        """Wait for a batch and bring it to the device."""
+        with self.telemetry.timed("data_wait_s"):
+            bad = [each for job in filling.jobs for each in job.result()]
+        self.telemetry.add(substituted_samples=len(bad))
+        for each in bad:
+            self.quarantine.add(each, epoch=filling.epoch, step=filling.step, substitute=-1)
+        with self.telemetry.timed("augment_s"):
+            crops = [
+                self._to_device(filling, block, first)
+                for block, first in _with_first_crop(filling.blocks)
+            ]
+        return Batch(filling.epoch, filling.step, filling.slots, crops)
+
+    def _to_device(self, filling: "_Filling", block: UInt8, first: int) -> torch.Tensor:
+        if self.device.type == "cpu":
+            normalized = np.empty(block.shape, np.float32)
+            normalize_into(block, normalized, self.augmentation)
+            return _as_crops(normalized)
+        params = self._draw(filling.epoch, filling.slots, range(first, first + len(block)))
+        return augment(_as_crops(block).to(self.device), params, self.augmentation)
+
+
+@dataclass
+class _Filling:
+    """A batch that threads fill. slots: int64 [B]; blocks: uint8 [count, B, s, s, 3]."""
+
+    epoch: int
+    step: int
+    slots: Int64
+    blocks: list[UInt8]
+    jobs: list[Future[list[BadSample]]] = field(default_factory=list)
+
+
+class _StoppedError(Exception):
+    """The loader was closed while a thread waited."""
+
+
+class _Work:
+    """The threads of one iteration: one follows the stream, others decode."""
+
+    def __init__(self, samples: Generator[RawSample, None, None], num_threads: int) -> None:
+        self._samples = samples
+        self._ahead: queue.Queue[RawSample | BaseException] = queue.Queue(_READ_AHEAD)
+        self._stopped = threading.Event()
+        self._follower = threading.Thread(target=self._follow, name="stream", daemon=True)
+        self._follower.start()
+        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def take(self) -> RawSample:
+        """The next image. Raises what ended the stream."""
+        while not self._stopped.is_set():
+            try:
+                found = self._ahead.get(timeout=_GLANCE_S)
+            except queue.Empty:
+                continue
+            if isinstance(found, RawSample):
+                return found
+            self._ahead.put(found)  # every thread is to learn of it
+            raise found
+        raise _StoppedError
+
+    def stop(self) -> None:
+        """End the threads now; more than once is no error."""
+        self._stopped.set()
+        self.threads.shutdown(wait=True, cancel_futures=True)
+        self._follower.join()
+
+    def _follow(self) -> None:
+        try:
+            for sample in self._samples:
+                self._put(sample)
+        except _StoppedError:
+            pass
+        except BaseException as error:  # noqa: BLE001 - it is raised where the batch is awaited
+            self._put_last(error)
+        finally:
+            self._samples.close()
+
+    def _put(self, item: RawSample | BaseException) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._ahead.put(item, timeout=_GLANCE_S)
+            except queue.Full:
+                continue
+        raise _StoppedError
+
+    def _put_last(self, error: BaseException) -> None:
+        try:
+            self._put(error)
+        except _StoppedError:
+            return
+
+
+def _as_crops(block: NDArray[Any]) -> torch.Tensor:
+    """A block [count, B, s, s, 3] as crops [count * B, 3, s, s], channels last."""
+    return torch.from_numpy(block).flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def _with_first_crop(blocks: Sequence[UInt8]) -> Iterator[tuple[UInt8, int]]:
+    """Each block with the number of its first crop."""
+    first = 0
+    for block in blocks:
+        yield block, first
+        first += len(block)
+
+
+def _check_sizes(global_batch: int, epoch_samples: int, world_size: int) -> None:
+    if global_batch % world_size:
+        raise UsageError(
+            f"the global batch of {global_batch} does not divide over {world_size} ranks; "
+            f"set loader.global_batch to a multiple of {world_size}"
+        )
+    if epoch_samples < global_batch:
+        raise UsageError(
+            f"loader.epoch_samples is {epoch_samples}, less than the global batch of "
+            f"{global_batch}; tars without an index do not say how many images they hold, so set "
+            "it to about that number: it is what an epoch counts"
+        )

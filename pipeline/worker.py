@@ -1,0 +1,173 @@
+"""A loader worker: fills its rows of one batch after the other until nobody wants them any more.
+
+`python -m pipeline.worker`, started by pipeline.workers with one end of a socket pair and the
+ring's memory among its file descriptors; with `loader.workers=0` the same `serve` runs in a thread
+of the training process. It is told its share and from which step on, and then, again and again, up
+to which step slots are free; it answers with one message a batch (pipeline.messages). Pixels are
+not sent: they lie in the ring.
+
+A process of its own, started afresh: a forked child of a process that has used a store's client or
+CUDA hangs sooner or later, and threads would share the interpreter lock with the training loop,
+whose Python is what a fast device waits for. It never imports torch, so it starts in half a second
+and is small. It ends when the other end of its socket is closed, which the kernel does even for a
+training process that was killed; it leaves nothing behind.
+"""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import Connection
+
+from pipeline.batches import BatchFiller, Filled
+from pipeline.errors import CropstreamError
+from pipeline.messages import Assignment, Condemned, Done, Failed
+from pipeline.probe import probe
+from pipeline.ring import Pulse, Ring
+from pipeline.samples import BadSample
+from pipeline.telemetry import Telemetry
+
+_BEAT_S = 0.25
+
+
+def serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
+    """Fill batches as slots become free, until the other end of the connection is closed.
+
+    Whatever goes wrong is sent there, to be raised in the training process.
+    """
+    try:
+        _serve(connection, assignment, ring)
+    except (EOFError, ConnectionError):
+        pass  # nobody listens any more
+    except BaseException as error:  # noqa: BLE001 - the edge of the process
+        with suppress(OSError):
+            connection.send(Failed(_portable(error)))
+
+
+def _serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
+    share, pulse = assignment.share, ring.pulse(assignment.worker)
+    owner = f"worker {assignment.worker}"
+    telemetry = Telemetry(record_spans=share.record_spans, owner=owner)
+    with BatchFiller(share, pulse, telemetry) as filler:
+        if assignment.suspects:
+            condemned = _probe(filler, assignment)
+            for bad in condemned:
+                filler.condemn(bad)
+            connection.send(Condemned(condemned))
+        filler.start(assignment.step)
+        batches = _Batches(connection, filler, telemetry)
+        begun = assignment.step
+        while True:
+            limit = connection.recv()
+            for step in range(begun, limit):
+                batches.begin(step, ring)
+            begun = max(begun, limit)
+
+
+def main() -> None:
+    """The worker process. Its arguments are the descriptors of its socket and of the ring."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the training process, which ends us
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError):  # the training process has ended before we began
+        assignment = connection.recv()
+        ring = Ring(assignment.layout, int(sys.argv[2]))
+        pulse = ring.pulse(assignment.worker)
+        threading.Thread(target=_beat, args=(pulse, os.getppid()), daemon=True).start()
+        serve(connection, assignment, ring)
+    os._exit(0)  # whatever our threads still do is of no use to anybody
+
+
+@dataclass
+class _Batch:
+    """A batch in the making."""
+
+    step: int
+    left: int  # jobs
+    parts: list[Filled] = field(default_factory=list)
+
+
+class _Batches:
+    """Hands out the jobs of batches and tells when one is complete."""
+
+    def __init__(self, connection: Connection, filler: BatchFiller, telemetry: Telemetry) -> None:
+        self._connection = connection
+        self._filler = filler
+        self._telemetry = telemetry
+        self._lock = threading.Lock()
+
+    def begin(self, step: int, ring: Ring) -> None:
+        jobs = self._filler.submit(step, ring.blocks(step % ring.layout.num_slots))
+        batch = _Batch(step, len(jobs))
+        for job in jobs:
+            job.add_done_callback(partial(self._finish, batch))
+
+    def _finish(self, batch: _Batch, job: Future[Filled]) -> None:
+        if job.cancelled():
+            return
+        error = job.exception()
+        with self._lock, suppress(OSError):  # nobody listens any more: the main thread ends us
+            if error is not None:
+                self._connection.send(Failed(_portable(error)))
+                return
+            batch.left -= 1
+            batch.parts.append(job.result())
+            if not batch.left:
+                self._connection.send(self._report(batch))
+
+    def _report(self, batch: _Batch) -> Done:
+        replaced = [each for part in batch.parts for each in part.replaced]
+        return Done(
+            batch.step,
+            sorted(replaced, key=lambda each: each.bad.number),
+            max(part.arrived_s for part in batch.parts),
+            max(part.done_s for part in batch.parts),
+            self._telemetry.take(),
+            self._telemetry.take_spans(),
+        )
+
+
+def _probe(filler: BatchFiller, assignment: Assignment) -> list[BadSample]:
+    """Try each suspect in a child process, all at once: one that hangs takes its time."""
+
+    def judge(number: int) -> BadSample | None:
+        sample = filler.read(number)
+        if isinstance(sample, BadSample):
+            return None  # as its turn will show
+        max_pixels = assignment.share.max_image_pixels
+        reason = probe(sample.data, max_pixels=max_pixels, limit_s=assignment.probe_limit_s)
+        return BadSample(number, sample.key, sample.shard, reason) if reason else None
+
+    with ThreadPoolExecutor(len(assignment.suspects), thread_name_prefix="probe") as threads:
+        return [bad for bad in threads.map(judge, assignment.suspects) if bad is not None]
+
+
+def _beat(pulse: Pulse, parent: int) -> None:
+    """Show that the interpreter runs; end when an orphan, should the socket not tell."""
+    while os.getppid() == parent:
+        pulse.beat()
+        time.sleep(_BEAT_S)
+    os._exit(0)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error as it can be sent; one that is not ours with where it happened."""
+    text = "".join(traceback.format_exception(error))
+    if not isinstance(error, CropstreamError):
+        error.add_note(f"In a loader worker:\n{text}")
+    try:
+        pickle.loads(pickle.dumps(error))
+    except (TypeError, AttributeError, pickle.PicklingError):
+        return RuntimeError(f"in a loader worker:\n{text}")
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""What the loader's worker processes cost, and what they spare the training loop.
+
+Memory beside the byte budget, over an epoch; the time to start; images a second with two threads
+or processes against one; and the hand-over with a training loop running beside: the loader in
+processes against the very same in threads of the loop's process (`loader.workers=0`). The loop is
+SwAV's real step through all layers of a ResNet-50 so narrow, on crops so small, that Python and the
+dispatcher are what it costs, as they are where a GPU does the arithmetic: there a loader that holds
+the interpreter lock shows.
+"""
+
+import functools
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.resnet import Bottleneck
+
+from pipeline.augment import AugmentConfig
+from pipeline.crops import CropsConfig
+from pipeline.loader import LoaderConfig, MultiCropLoader
+from tests.bench.photographs import TRAIN, photographs
+from tests.bench.rows import Row
+from tests.support.dataset import write_dataset
+from trainer.models import SwAVModel
+from trainer.models.resnet import ResNet
+from trainer.step import swav_step
+
+GROUP = "loader."
+
+IMAGES, BATCH = 2048, 64
+ROUNDS = 5
+SECONDS = 6.0  # of a measurement
+TINY = CropsConfig(global_size_px=32, local_crops=0)
+
+
+def rows() -> Iterator[Row]:
+    """Measure on photographs of 500x375, 2x224 + 6x96 crops, without colour."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(folder, list(photographs(IMAGES, TRAIN)), per_shard=256)
+        yield from memory(folder)
+        yield from hand_over(folder)
+        yield from scaling(folder)
+
+
+def memory(folder: str) -> Iterator[Row]:
+    """Resident memory of a rank's workers, without what they hold of encoded samples."""
+    with loader_of(folder, workers=1, epochs=3) as loader:
+        start = time.perf_counter()
+        batches = loader.cut_batches()
+        next(batches)
+        startup_s = time.perf_counter() - start
+        in_flight_bytes = loader._ahead_bytes
+        peaks = [0, 0, 0]  # of each epoch
+        for batch in batches:
+            peaks[batch.epoch] = max(peaks[batch.epoch], worker_bytes())
+    note = f"peak of 1 worker, 2 threads, less {in_flight_bytes >> 20} MiB in flight"
+    beside = max(peaks) - in_flight_bytes
+    yield Row("loader.rss", beside / 1e6, "MB", target="<= 700", note=note)
+    growth = (peaks[2] - peaks[1]) / 1e6
+    yield Row("loader.rss_growth", growth, "MB", target="<= 20", note="from epoch 2 to epoch 3")
+    yield Row("loader.startup", startup_s, "s", note="to the first batch of 64, numba cached")
+
+
+def hand_over(folder: str) -> Iterator[Row]:
+    """A training loop with the loader beside it, in processes and in threads, in turn."""
+    step = training_step()
+    quiet: list[float] = []
+    beside: dict[int, list[tuple[float, float]]] = {1: [], 0: []}
+    run_for(SECONDS, step)
+    for _ in range(ROUNDS):
+        quiet.append(run_for(SECONDS, step))
+        for workers, measured in beside.items():
+            measured.append(with_loader(folder, step, workers=workers, threads=1))
+    alone_s = statistics.median(quiet)
+    yield Row(
+        "loader.step_alone", alone_s * 1e3, "ms", note="SwAV, 50 layers, 8 channels wide, 2x32 px"
+    )
+    for workers, name in ((1, "process"), (0, "thread")):
+        slower = statistics.median(
+            step_s / own for (step_s, _), own in zip(beside[workers], quiet, strict=True)
+        )
+        rate = statistics.median(rate for _, rate in beside[workers])
+        note = "the loop's step with the loader in a decoding " + name + ", against alone"
+        yield Row(f"loader.step_beside_{name}", slower, "x", note=note)
+        yield Row(f"loader.rate_beside_{name}", rate, "images/s", note="while the loop runs")
+
+
+def scaling(folder: str) -> Iterator[Row]:
+    """Images a second of wall time: two threads, and two processes, against one."""
+    means = {"one": (1, 1), "two_threads": (1, 2), "two_processes": (2, 1)}
+    rates: dict[str, list[float]] = {name: [] for name in means}
+    for _ in range(ROUNDS):
+        for name, (workers, threads) in means.items():
+            with loading(folder, workers=workers, threads=threads) as count:
+                rates[name].append(rate_of(count, lambda: time.sleep(SECONDS)))
+    cores = len(os.sched_getaffinity(0))
+    for name in ("two_threads", "two_processes"):
+        ratio = statistics.median(
+            two / one for two, one in zip(rates[name], rates["one"], strict=True)
+        )
+        note = f"{cores} cores; one: {statistics.median(rates['one']):.0f} images/s"
+        yield Row(f"loader.{name}_vs_one", ratio, "x", target=">= 1.8", note=note)
+
+
+def loader_of(folder: str, *, epochs: int | None = None, **settings: Any) -> MultiCropLoader:
+    sizes = {"global_batch": BATCH, "lanes": 16, "threads": 2} | settings
+    config = LoaderConfig(dataset=folder, **sizes)
+    return MultiCropLoader(config, CropsConfig(), AugmentConfig(), seed=0, epochs=epochs)
+
+
+@contextmanager
+def loading(folder: str, **settings: Any) -> Iterator[Callable[[], int]]:
+    """A loader that runs as fast as it can in the background; yields how many images it made."""
+    made = [0]
+    ready, stop = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with loader_of(folder, **settings) as loader:
+            for batch in loader.cut_batches():
+                made[0] += len(batch.samples)
+                if batch.step >= 2:
+                    ready.set()
+                if stop.is_set():
+                    return
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ready.wait()
+    try:
+        yield lambda: made[0]
+    finally:
+        stop.set()
+        thread.join()
+
+
+def with_loader(folder: str, step: Callable[[], None], **settings: Any) -> tuple[float, float]:
+    """Seconds a training step beside a loader, and the loader's images a second."""
+    step_s = [0.0]
+
+    def run() -> None:
+        step_s[0] = run_for(SECONDS, step)
+
+    with loading(folder, **settings) as count:
+        rate = rate_of(count, run)
+    return step_s[0], rate
+
+
+def rate_of(count: Callable[[], int], work: Callable[[], None]) -> float:
+    start, first = time.perf_counter(), count()
+    work()
+    return (count() - first) / (time.perf_counter() - start)
+
+
+def run_for(seconds: float, step: Callable[[], None]) -> float:
+    """Do steps for a while; the median step's seconds."""
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+class PlainEngine:
+    """What a step needs of an engine: the model and an optimiser, with nothing around them."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.module = SwAVModel(ResNet(Bottleneck, (3, 4, 6, 3), stem_width=8), 64, 16, 8)
+        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
+
+    def normalize_prototypes(self) -> None:
+        weight = self.module.get_parameter("prototypes.weight")
+        with torch.no_grad():
+            weight.copy_(torch.nn.functional.normalize(weight, dim=1))
+
+    def forward(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
+        features, scores = self.module(crops)
+        return features, scores
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self, *, lr: float, freeze_prototypes: bool) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def training_step() -> Callable[[], None]:
+    """SwAV's step with the depth of a ResNet-50 and next to no arithmetic."""
+    crops = [torch.randn(2 * 2, 3, TINY.global_size_px, TINY.global_size_px)]
+    return functools.partial(
+        swav_step,
+        PlainEngine(),  # type: ignore[arg-type]
+        crops,
+        queue=None,
+        num_crops=2,
+        crops_for_assign=(0, 1),
+        temperature=0.1,
+        epsilon=0.05,
+        num_iterations=3,
+        lr=0.1,
+        freeze_prototypes=False,
+    )
+
+
+def worker_bytes() -> int:
+    """Resident memory of the only worker, without the ring, which is counted in every process."""
+    (pid,) = _workers()
+    status = Path(f"/proc/{pid}/status").read_text()
+    figures = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    return (int(figures["VmRSS"].split()[0]) - int(figures["RssShmem"].split()[0])) * 1024
+
+
+def _workers() -> list[int]:
+    """The loader workers among this process's children."""
+    tasks = Path("/proc/self/task").iterdir()
+    children = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
+    return [
+        pid for pid in children if b"pipeline.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
