@@ -227,15 +227,15 @@ def commit_snapshot(
 def _parse_snapshot(body: bytes, version: int, where: str) -> Snapshot:
     try:
         table = parse_parquet(body)
-    except (pa.ArrowException, OSError) as error:
+        found = (table.schema.metadata or {}).get(_FORMAT_KEY)
+        if found == SNAPSHOT_FORMAT and table.schema.equals(SNAPSHOT_SCHEMA):
+            return Snapshot(table, version)
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ManifestError(f"{where}: damaged, restore it from a copy: {error}") from None
-    found = (table.schema.metadata or {}).get(_FORMAT_KEY)
-    if found != SNAPSHOT_FORMAT or not table.schema.equals(SNAPSHOT_SCHEMA):
-        raise ManifestError(
-            f"{where}: no snapshot of format {SNAPSHOT_FORMAT.decode()} (it says {found!r}); "
-            "it was written by another program or version"
-        )
-    return Snapshot(table, version)
+    raise ManifestError(
+        f"{where}: no snapshot of format {SNAPSHOT_FORMAT.decode()} (it says {found!r}); "
+        "it was written by another program or version"
+    )
 
 
 def _put_first(store: Store, key: str, body: bytes) -> bytes:

@@ -283,8 +283,8 @@ def verdict(profile: Profile) -> str:
     bound = profile.bound
     parts = {
         "network": f"the network brings {profile.network:,.0f} images/s",
-        "decode": f"{profile.num_cores} cores prepare {profile.decode:,.0f}",
-        "device": f"the devices take {profile.device:,.0f}",
+        "decode": f"{profile.num_cores} cores prepare {profile.decode:,.0f} images/s",
+        "device": f"the devices take {profile.device:,.0f} images/s",
     }
     others = [text for part, text in parts.items() if part != bound.bound]
     if not math.isfinite(profile.device):
@@ -294,7 +294,8 @@ def verdict(profile: Profile) -> str:
     cores = math.ceil(cores_needed(profile.costs, wanted))
     gigabytes_per_s = wanted * profile.costs.read_bytes / 1e9
     return (
-        f"bound by {bound.bound}: {parts[bound.bound]}, {', '.join(others)}; a GPU of "
+        f"bound by {bound.bound}: {parts[bound.bound]}, {', '.join(others)}, and the loader "
+        f"reached {profile.looping.images_per_s:,.0f}; a GPU of "
         f"{wanted:,.0f} images/s{basis} needs {cores} such cores and {gigabytes_per_s:.2g} GB/s"
     )
 

@@ -32,12 +32,10 @@ class Telemetry:
 
     Args:
         record_spans: also keep every timed block, for `take_spans`.
-        owner: whose threads these are, "worker 0"; the names of threads in spans begin with it.
     """
 
-    def __init__(self, *, record_spans: bool = False, owner: str = "") -> None:
+    def __init__(self, *, record_spans: bool = False) -> None:
         self.record_spans = record_spans
-        self._prefix = f"{owner}/" if owner else ""
         self._sums: Counter[str] = Counter()
         self._spans: list[Span] = []
         self._lock = threading.Lock()
@@ -58,7 +56,7 @@ class Telemetry:
         """Add a block of time that was measured by perf_counter, as `timed` does."""
         self.merge({name: end_s - start_s})
         if self.record_spans and len(self._spans) < _MOST_SPANS:
-            thread = self._prefix + threading.current_thread().name
+            thread = threading.current_thread().name
             self._spans.append(Span(name.removesuffix("_s"), thread, start_s, end_s))
 
     def total(self, name: str) -> float:

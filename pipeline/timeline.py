@@ -402,7 +402,7 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "tick") -> str
 
 
 def _shortened(name: str) -> str:
-    return name if len(name) <= 22 else f"{name[:9]}…{name[-12:]}"
+    return name if len(name) <= 20 else f"{name[:8]}…{name[-11:]}"
 
 
 # The page

@@ -53,8 +53,7 @@ def serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
 
 def _serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
     share, pulse = assignment.share, ring.pulse(assignment.worker)
-    owner = f"worker {assignment.worker}"
-    telemetry = Telemetry(record_spans=share.record_spans, owner=owner)
+    telemetry = Telemetry(record_spans=share.record_spans)
     with BatchFiller(share, pulse, telemetry) as filler:
         if assignment.suspects:
             condemned = _probe(filler, assignment)

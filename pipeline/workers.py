@@ -90,9 +90,11 @@ class Workers:
     def allow(self, limit: int) -> None:
         """Let the steps before `limit` be filled: their slots are free."""
         with self._news:
-            self._limit = max(self._limit, limit)
+            if limit <= self._limit:
+                return
+            self._limit = limit
             for worker in self._workers:
-                worker.send(self._limit)
+                worker.send(limit)
 
     def is_done(self, step: int) -> bool:
         """Whether `wait` would return at once."""
@@ -105,21 +107,17 @@ class Workers:
         Raises what made a worker fail, and DataError for one that dies again and again.
         """
         with self._news:
-            while len(self._done[step]) < len(self._workers):
+            while self._closing.is_set() or len(self._done[step]) < len(self._workers):
                 if self._failure is not None:
                     raise self._failure
                 self._news.wait()
             done = self._done.pop(step)
         return [done[worker.number] for worker in self._workers]
 
-    def pids(self) -> list[int]:
-        """Of the processes; none with `in_process`."""
-        return [worker.pid for worker in self._workers if worker.pid]
-
     def close(self) -> None:
         """End all workers and wait for their end; more than once is no error."""
-        self._closing.set()
         self._fail(UsageError("this iteration has ended: the loader was closed or begun again"))
+        self._closing.set()
         for worker in self._workers:
             worker.hang_up()
         for thread in self._threads:
@@ -140,6 +138,10 @@ class Workers:
 
     def _start(self, worker: "_Worker", suspects: Sequence[int] = ()) -> None:
         self._ring.pulse(worker.number).clear()
+        with self._news:  # what a predecessor finished out of turn is written once more
+            for step, done in self._done.items():
+                if step >= worker.step:
+                    done.pop(worker.number, None)
         worker.start(self._ring, suspects, self._timeout_s)
         with self._news:
             worker.send(self._limit)
@@ -224,7 +226,6 @@ class _Worker:
         self.share = share
         self.step = step  # the first that is not finished
         self.deaths = 0  # since that changed
-        self.pid = 0
         self._finished: set[int] = set()  # beyond it
         self._socket: socket | None = None
         self._connection: Connection | None = None
@@ -336,7 +337,6 @@ class _ProcessWorker(_Worker):
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), ring.fd),
         )
-        self.pid = self._process.pid
 
     def _wait(self) -> str:
         if self._process is None:

@@ -41,7 +41,7 @@ SIZES = {"small": 512, "large": 4096}  # samples
 PER_SHARD = 1400  # 64 MB
 CHUNK, WINDOW, LANES, BATCH = 96, 4, 4, 256
 AHEAD_BYTES = 64 << 20
-ROUNDS = 5
+ROUNDS = 3
 LIMIT_S = 120
 BUCKET = "reading"
 

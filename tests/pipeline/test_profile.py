@@ -41,7 +41,7 @@ def test_measures_a_data_set_on_s3(s3_url: str, tmp_path: Path) -> None:
     config, page = tmp_path / "run.toml", tmp_path / "timeline.html"
     config.write_text('[loader]\ndataset = "s3://other/data"\n[queue]\nlength = 5\n')
     result = profile(
-        *(s3_url, "--config", str(config), "--seconds", "2", "--images-per-s", "123"),
+        *(s3_url, "--config", str(config), "--seconds", "1", "--images-per-s", "123"),
         *("--out", str(page), *SMALL),
     )
     assert result.returncode == 0, result.stderr

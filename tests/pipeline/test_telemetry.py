@@ -50,13 +50,6 @@ def test_a_span_says_what_who_and_when():
     assert telemetry.take_spans() == []
 
 
-def test_threads_of_several_owners_are_told_apart():
-    telemetry = Telemetry(record_spans=True, owner="worker 3")
-    telemetry.record("decode_s", 1.0, 2.0)
-    (span,) = telemetry.take_spans()
-    assert span.thread == f"worker 3/{threading.current_thread().name}"
-
-
 def test_what_another_has_taken_is_added():
     telemetry = Telemetry()
     span = Span("fetch", "worker 0/fetch", 1.0, 2.0)

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,7 +229,8 @@ def test_a_worker_that_dies_again_and_again_ends_the_run(folder):
     def kill() -> None:
         while not done.wait(0.02):
             for pid in workers_of():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # buried meanwhile
+                    os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     loader = loader_of(folder)
