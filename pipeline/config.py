@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -118,12 +118,20 @@ def _validate(schema: type[T], tree: Mapping[str, Any]) -> tuple[T | None, list[
 
 
 def _with_rules(schema: type[T]) -> type[T]:
-    """Attach our rules to a dataclass and its sections, which therefore need not know pydantic."""
+    """Attach our rules to a dataclass and all within, which therefore need not know pydantic."""
     schema.__pydantic_config__ = _RULES  # type: ignore[attr-defined]
-    for section in dataclasses.fields(schema):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(section.type):
-            section.type.__pydantic_config__ = _RULES  # type: ignore[union-attr]
+    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+        if (inner := _table_of(field.type)) is not None:
+            _with_rules(inner)
     return schema
+
+
+def _table_of(annotation: Any) -> Any:
+    """The dataclass that a field holds, one or a tuple of them; None of plain values."""
+    for found in (annotation, *get_args(annotation)):
+        if isinstance(found, type) and dataclasses.is_dataclass(found):
+            return found
+    return None
 
 
 def _describe(schema: type, error: dict[str, Any]) -> str:
@@ -140,13 +148,17 @@ def _describe(schema: type, error: dict[str, Any]) -> str:
 def _known_keys(schema: Any, path: Sequence[str]) -> list[str]:
     for part in path:
         types = {field.name: field.type for field in dataclasses.fields(schema)}
-        schema = types[part]
+        if part in types:  # else the place in an array of tables
+            schema = _table_of(types[part])
     return [field.name for field in dataclasses.fields(schema)]
 
 
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return "{" + ", ".join(f"{name} = {_toml(getattr(value, name))}" for name in names) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
     if isinstance(value, str):

@@ -14,8 +14,15 @@ from pipeline.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    dataset: str
+    weight: Annotated[float, Gt(0)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Loader:
     dataset: str
+    mix: tuple[Part, ...] = ()
     workers: Annotated[int, Gt(0)] = 2
     scale: tuple[float, float] = (0.14, 1.0)
     shuffle: bool = True
@@ -113,3 +120,26 @@ def test_dump_and_parse(
     loader = Loader(dataset=dataset, workers=workers, scale=scale, shuffle=shuffle)
     config = Config(loader=loader, optim=Optim(lr=lr))
     assert parse_config(Config, dump_config(config), where="here") == config
+
+
+def test_tables_inside_a_section(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        '[loader]\ndataset = "a"\n[[loader.mix]]\ndataset = "b"\n'
+        '[[loader.mix]]\ndataset = "c \\" d"\nweight = 3\n',
+    )
+    config = load_config(Config, path)
+    assert config.loader.mix == (Part(dataset="b"), Part(dataset='c " d', weight=3.0))
+    assert parse_config(Config, dump_config(config), where="here") == config
+    override = 'loader.mix=[{dataset="e", weight=0.5}]'
+    assert load_config(Config, path, [override]).loader.mix == (Part(dataset="e", weight=0.5),)
+
+
+def test_mistakes_inside_a_table_are_named() -> None:
+    override = 'loader.mix=[{dataset="a", wieght=2}, {weight=-1}]'
+    with pytest.raises(ConfigError) as caught:
+        load_config(Config, None, ["loader.dataset=x", override])
+    message = str(caught.value)
+    assert "loader.mix.0.wieght: unknown key; known here: dataset, weight" in message
+    assert "loader.mix.1.dataset: missing" in message
+    assert "loader.mix.1.weight" in message
