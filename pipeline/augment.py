@@ -6,7 +6,7 @@ augment_device.py or augment_host.py does what they say.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
@@ -108,6 +108,25 @@ def draw_augment(
         gray=u[:, _GRAY] < config.grayscale_p,
         blur_radius=np.where(u[:, _BLUR] < config.blur_p, radius, 0.0),
     )
+
+
+def draw_groups(
+    config: AugmentConfig,
+    num_crops: Iterable[int],
+    *,
+    seed: int,
+    epoch: ArrayLike,
+    samples: ArrayLike,
+) -> Iterator[AugmentParams]:
+    """`draw_augment` for one group of crops after the other, each as it is asked for.
+
+    A group is the crops of one resolution, so many an image; numbers go on from group to group.
+    """
+    first = 0
+    for count in num_crops:
+        crops = range(first, first + count)
+        yield draw_augment(config, seed=seed, epoch=epoch, samples=samples, crop_indices=crops)
+        first += count
 
 
 def _factor_ranges(config: AugmentConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

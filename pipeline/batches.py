@@ -10,6 +10,7 @@ first), cropped and coloured with the seed of the slot it fills: a pure function
 everything here. Nothing here imports torch.
 """
 
+import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,8 +37,7 @@ from pipeline.samples import BadSample, RawSample, SampleReader, resolve_url
 from pipeline.store import Store, open_store
 from pipeline.telemetry import Telemetry
 
-_JOBS_PER_THREAD = 4  # of a batch, so that its threads finish together
-_ROWS_PER_JOB = 16  # at most: that many samples have left the prefetcher and wait for a thread
+_ROWS_PER_JOB = 16  # at most: boxes of so many are drawn at once, and so many samples wait in hand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Filled(NamedTuple):
     """What became of some rows. Times of time.perf_counter, one clock for a machine."""
 
     replaced: list[Replaced]
-    arrived_s: float  # when the bytes of the last sample were there
+    arrived_s: float  # of the last sample that had to be waited for; -inf if none had
     done_s: float
 
 
@@ -184,10 +184,10 @@ class BatchFiller:
         Jobs raise DataError when nothing of a lane can be used, StoreError when the store stays
         out of reach.
         """
-        slots = self.mixture.slots(*divmod(step, self.mixture.num_steps), self.share.lanes)
+        slots = self._slots(step)
         rows = len(slots.number)
         mine = [block[:, self.share.first_row : self.share.first_row + rows] for block in blocks]
-        size = max(1, min(_ROWS_PER_JOB, rows // (self.share.threads * _JOBS_PER_THREAD)))
+        size = max(1, min(_ROWS_PER_JOB, rows // self.share.threads))
         return [
             self._pool.submit(
                 self._fill,
@@ -196,6 +196,16 @@ class BatchFiller:
             )
             for first in range(0, rows, size)
         ]
+
+    def epoch_of(self, number: int, steps: range) -> int:
+        """The epoch of its source in which a sample, by its global number, has a slot in steps.
+
+        One that has none, as it is a substitute, counts to the epoch of the first slot.
+        """
+        slots = [self._slots(step) for step in steps]
+        epochs = np.concatenate([each.epoch for each in slots])
+        found = np.concatenate([each.global_numbers for each in slots]) == number
+        return int(epochs[found.argmax()])
 
     def read(self, number: int) -> RawSample | BadSample:
         """One sample by its global number, outside of the order."""
@@ -216,6 +226,10 @@ class BatchFiller:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _slots(self, step: int) -> Slots:
+        """Of this worker's rows."""
+        return self.mixture.slots(*divmod(step, self.mixture.num_steps), self.share.lanes)
+
     def _windows(self, step: int) -> Iterator[Window]:
         """What is needed from a step on, without what is known to be of no use."""
         position = divmod(step, self.mixture.num_steps)
@@ -227,8 +241,7 @@ class BatchFiller:
 
     def _fill(self, slots: Slots, blocks: Sequence[UInt8]) -> Filled:
         """Decode the samples of some slots and cut their crops into as many columns of blocks."""
-        samples = [self._take(slots, row) for row in range(len(slots.number))]
-        arrived_s = perf_counter()
+        samples, arrived_s = self._gather(slots)
         images = [self._look(sample) for sample in samples]
         boxes = self._draw_boxes(slots, images)
         replaced = []
@@ -240,14 +253,21 @@ class BatchFiller:
         self._colour(slots, blocks)
         return Filled(replaced, arrived_s, perf_counter())
 
-    def _take(self, slots: Slots, row: int) -> RawSample | BadSample:
-        """Wait for the sample of a slot; from here on by its global number."""
-        known = self._known.get(int(slots.global_numbers[row]))
-        if known is not None:
-            return known
+    def _gather(self, slots: Slots) -> tuple[list[RawSample | BadSample], float]:
+        """The samples of some slots, by their global numbers, and when the last waited for came."""
         assert self._prefetcher is not None, "not started"
-        source, number = int(slots.source[row]), int(slots.number[row])
-        return self._globally(source, self._prefetcher.take(source, int(slots.epoch[row]), number))
+        samples: list[RawSample | BadSample] = []
+        arrived_s = -math.inf
+        names = zip(slots.source.tolist(), slots.epoch.tolist(), slots.number.tolist(), strict=True)
+        for name, global_number in zip(names, slots.global_numbers.tolist(), strict=True):
+            if global_number in self._known:
+                samples.append(self._known[global_number])
+                continue
+            is_here = self._prefetcher.is_here(*name)
+            samples.append(self._globally(name[0], self._prefetcher.take(*name)))
+            if not is_here:
+                arrived_s = perf_counter()
+        return samples, arrived_s
 
     def _read(self, source: int, number: int) -> RawSample | BadSample:
         return self._globally(source, self._readers[source].read(number, number)[0])

@@ -9,18 +9,19 @@ An epoch reads everything once, in a random order. To drop the least recently us
 drop what is needed soonest, so nothing that this run has used is ever dropped: what earlier runs
 left goes first, oldest first, and once the directory is full of this run's own, no more is let in.
 
-Several processes may share a directory. How many bytes it holds stands in a file of its own, which
-is locked and changed with every entry; opening counts anew, so what a killed process left there is
-put right. Entries appear by a rename, whole or not at all.
+Several processes may share a directory, of containers and machines that know nothing of each
+other, so nothing depends on process IDs. How many bytes it holds stands in a file of its own, which
+is locked and changed with every entry; opening counts anew, and removes what killed processes were
+writing once it is an hour old. Entries appear by a rename, whole or not at all.
 """
 
 import contextlib
 import fcntl
 import heapq
-import itertools
 import logging
 import os
 import re
+import secrets
 import struct
 import threading
 from collections import deque
@@ -34,11 +35,10 @@ from pipeline.telemetry import Telemetry
 _TRAILER = struct.Struct("<I")  # CRC32C of all before it
 _COUNT = struct.Struct("<q")
 _COUNT_NAME = "bytes"
-_TEMPORARY = re.compile(r"\.(\d+)-\d+\.part")  # .<process>-<number>.part
+_PARTS = ".*.part"  # entries that are being written
+_STALE_S = 3600.0  # since a part's last byte: nobody is writing it any more
 _SHARD_FOLDER = re.compile(r"[0-9a-f]{2}")
 _MOST_CANDIDATES = 10_000  # for dropping; found by looking at every file, so not often
-
-_part_numbers = itertools.count()  # of all caches of this process
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ class RangeCache:
         name = _name(content, start_bytes, len(body))
         if self._is_broken or self._path(name).exists():
             return
-        part = self._folder / f".{os.getpid()}-{next(_part_numbers)}.part"
+        part = self._folder / f".{secrets.token_hex(8)}.part"
         try:
             if self._reserve(part, len(body) + _TRAILER.size):
                 self._write(part, name, body)
@@ -126,8 +126,12 @@ class RangeCache:
             file.write(_TRAILER.pack(crc32c(body)))
         path = self._path(name)
         path.parent.mkdir(exist_ok=True)
-        part.replace(path)
-        self._known.add(name)
+        with self._counting() as count:
+            if path.exists():  # another process was faster: one of two counts
+                count[0] -= _unlink(part)
+            else:
+                part.replace(path)
+                self._known.add(name)
 
     def _reserve(self, part: Path, size: int) -> bool:
         """Take `size` bytes if they fit, for the file `part`, dropping what this run has not used.
@@ -177,11 +181,11 @@ class RangeCache:
     def _recount(self) -> None:
         """Count what is there, and remove what killed processes were writing."""
         with self._counting() as count:
-            for path in self._folder.glob(".*.part"):
-                if _is_stale(path.name):
+            for path in self._folder.glob(_PARTS):
+                if _is_older(path, self._begun - _STALE_S):
                     path.unlink(missing_ok=True)
             # Parts first: one that is renamed meanwhile counts twice, not never.
-            parts = sum(map(_size, self._folder.glob(".*.part")))
+            parts = sum(map(_size, self._folder.glob(_PARTS)))
             count[0] = parts + self._find_candidates()
 
     def _find_candidates(self) -> int:
@@ -233,10 +237,12 @@ def _entries(folder: Path) -> Iterator[tuple[float, str, int]]:
                         yield stat.st_mtime, entry.path, stat.st_size
 
 
-def _is_stale(name: str) -> bool:
-    """Whether a temporary file's process is gone."""
-    found = _TEMPORARY.fullmatch(name)
-    return found is not None and not _is_alive(int(found[1]))
+def _is_older(path: Path, time_s: float) -> bool:
+    """Whether a file was last written before a time; False if it is gone."""
+    try:
+        return path.stat().st_mtime < time_s
+    except FileNotFoundError:
+        return False
 
 
 def _size(path: Path) -> int:
@@ -252,13 +258,3 @@ def _unlink(path: Path) -> int:
     size = _size(path)
     path.unlink(missing_ok=True)
     return size
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # of another user
-        return True
-    return True

@@ -62,6 +62,11 @@ class Prefetcher:
         self._closed = False
         self._lock = threading.Lock()
 
+    def is_here(self, source: int, epoch: int, number: int) -> bool:
+        """Whether `take` would return this sample at once."""
+        fetched = self._waiting.get((source, epoch, number))
+        return fetched is not None and fetched.done()
+
     def take(self, source: int, epoch: int, number: int) -> RawSample | BadSample:
         """Wait for a sample and release its memory here. It can be taken once an epoch.
 
@@ -72,13 +77,11 @@ class Prefetcher:
         with self._lock:
             self._request_until(name)
             fetched = self._waiting.pop(name)
-        samples = self._result(fetched)
+            if fetched.done():
+                return self._release(fetched.result(), number)
+        samples = self._wait(fetched)
         with self._lock:
-            sample = samples.pop(number)
-            if isinstance(sample, RawSample):
-                self._held_bytes -= len(sample.data)
-            self._request_ahead()
-        return sample
+            return self._release(samples, number)
 
     def close(self) -> None:
         """End all reading now; whoever waits for a sample gets a StoreError."""
@@ -89,9 +92,14 @@ class Prefetcher:
             reader.close()
         wait(begun)
 
-    def _result(self, fetched: Future[Samples]) -> Samples:
-        if fetched.done():
-            return fetched.result()
+    def _release(self, samples: Samples, number: int) -> RawSample | BadSample:
+        sample = samples.pop(number)
+        if isinstance(sample, RawSample):
+            self._held_bytes -= len(sample.data)
+        self._request_ahead()
+        return sample
+
+    def _wait(self, fetched: Future[Samples]) -> Samples:
         start = perf_counter()
         try:
             return fetched.result()

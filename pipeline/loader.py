@@ -12,10 +12,10 @@ quarantine, which the checkpoint carries.
 
 Memory of a rank: every worker some 200 MB of code, and together `loader.budget_bytes` at most of
 encoded samples; the ring, prefetch_batches + 1 batches of uint8 crops; at most 128 MiB of shards'
-indexes a worker and source. `describe` says what the first two come to.
+indexes a worker and source. `describe` says what the first two come to. Without a device there are
+float32 crops, too: two batches between the training loop and here (pipeline.lending).
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,10 +34,12 @@ from pipeline.augment import AugmentConfig, draw_augment
 from pipeline.augment_device import augment
 from pipeline.augment_host import normalize_into
 from pipeline.batches import DataSet, Replaced, Share, mean_sample_bytes, mix_data_sets
+from pipeline.cores import usable_cores
 from pipeline.crops import CropsConfig, block_shapes
 from pipeline.decode import MAX_PIXELS
 from pipeline.errors import UsageError
 from pipeline.fetch import FetchConfig
+from pipeline.lending import Lender
 from pipeline.manifest import Snapshot, read_snapshot
 from pipeline.messages import Done
 from pipeline.mixture import Mixture, Slots
@@ -46,6 +48,7 @@ from pipeline.quarantine import Quarantine
 from pipeline.ring import Ring, RingLayout
 from pipeline.state import State, check_form, check_settings
 from pipeline.store import open_store
+from pipeline.tars import names_tars
 from pipeline.telemetry import Telemetry
 from pipeline.upload import Upload, Uploader
 from pipeline.workers import Workers
@@ -68,7 +71,8 @@ class MixPart:
 class LoaderConfig:
     """Section `loader`: which data, in which order, with which means."""
 
-    dataset: str = ""  # prefix of a packed data set: s3://bucket/prefix, file:///path or a path
+    dataset: str = ""  # prefix of a packed data set: s3://bucket/prefix, file:///path or a path;
+    # or plain WebDataset tars, which pipeline.streaming reads: s3://bucket/{000000..000999}.tar
     version: Annotated[int, Ge(0)] = 0  # of the snapshot; 0 is the latest at first launch
     mix: tuple[MixPart, ...] = ()  # several data sets, in place of `dataset`
     global_batch: Annotated[int, Gt(0)] = 4096  # images a step over all ranks
@@ -82,6 +86,8 @@ class LoaderConfig:
     max_bad_samples: Annotated[int, Ge(0)] = 1000  # distinct ones, before the run fails
     max_image_pixels: Annotated[int, Gt(0)] = MAX_PIXELS  # larger images count as bad
     decode_timeout_s: Annotated[float, Gt(0)] = 20.0  # for one image, before its worker is killed
+    epoch_samples: Annotated[int, Ge(0)] = 0  # of tars that are streamed, what counts as an epoch
+    shuffle_samples: Annotated[int, Gt(0)] = 2000  # of these, held in memory to be shuffled, a rank
 
     def __post_init__(self) -> None:
         if bool(self.dataset) == bool(self.mix):
@@ -158,8 +164,8 @@ class MultiCropLoader:
     begins. After a batch was yielded, `state_dict` is the position behind that batch.
 
     `telemetry` gets, beside what workers count: `data_wait_s`, how long the training loop waited,
-    which is `wait_fetch_s` until the last sample's bytes had arrived, `wait_decode_s` until its
-    crops were cut, and `wait_handover_s`; `transfer_s`, `augment_s`, `worker_restarts`.
+    which is `wait_fetch_s` until the last sample that workers waited for had come, `wait_decode_s`
+    until all crops were cut, and `wait_handover_s`; `transfer_s`, `augment_s`, `worker_restarts`.
 
     Raises UsageError for sizes that do not fit, ManifestError without a sealed data set, DataError
     when more than `max_bad_samples` had to be replaced or a worker dies again and again.
@@ -192,6 +198,7 @@ class MultiCropLoader:
         self.device = torch.device(device)
         self.epochs = epochs
         self.telemetry = Telemetry(record_spans=record_spans)
+        _refuse_tars(config)
         if state is not None:
             _check_asked(config, state)
         self.snapshots = _read_snapshots(config, state)
@@ -203,6 +210,7 @@ class MultiCropLoader:
             limit=config.max_bad_samples,
             entries=quarantine,
         )
+        self._lender = Lender()
         self._step = 0  # the next, counted from the beginning of the run
         self._stop: Callable[[], None] | None = None
         if state is not None:
@@ -402,9 +410,9 @@ class MultiCropLoader:
         self._step = taken.epoch * self.steps_per_epoch + taken.step + 1
 
     def _normalize(self, block: NDArray[np.uint8]) -> torch.Tensor:
-        pixels = torch.empty(block.shape, dtype=torch.float32)
-        normalize_into(block, pixels.numpy(), self.augmentation)
-        return pixels.flatten(0, 1).permute(0, 3, 1, 2)
+        pixels = self._lender.lend(block.shape)
+        normalize_into(block, pixels, self.augmentation)
+        return torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
 
     def _augment(self, slots: Slots, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         crops, first = [], 0
@@ -479,7 +487,7 @@ class MultiCropLoader:
 
     def _num_workers(self) -> tuple[int, int]:
         """Processes, and threads of each: all the cores that this rank has to itself."""
-        cores = max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
+        cores = max(1, usable_cores() // self.local_world_size)
         workers = self.config.workers
         if workers < 0:
             workers = -(-cores // _THREADS_PER_WORKER)
@@ -527,6 +535,16 @@ class MultiCropLoader:
             )
             for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
         ]
+
+
+def _refuse_tars(config: LoaderConfig) -> None:
+    for part in config.parts:
+        if names_tars(part.dataset):
+            raise UsageError(
+                f"{part.dataset} names tars without an index, which can only be trained on as "
+                "loader.dataset, with what that loses; index them in place for all else: "
+                "python -m shard_tools adopt"
+            )
 
 
 def _read_snapshots(config: LoaderConfig, state: State | None) -> list[Snapshot]:

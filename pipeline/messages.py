@@ -40,8 +40,9 @@ class Condemned(NamedTuple):
 class Done(NamedTuple):
     """A batch whose rows of this worker lie in its slot; what there is to tell of it.
 
-    arrived_s, done_s: of time.perf_counter, when the last sample's bytes were there and when its
-    crops were. sums, spans: of Telemetry, since the last message.
+    arrived_s, done_s: of time.perf_counter, when the last sample that had to be waited for came
+    (-inf: none had to be) and when all crops were cut. sums, spans: of Telemetry, since the last
+    message.
     """
 
     step: int

@@ -16,6 +16,7 @@ A batch is lane-major and a rank owns consecutive lanes, so the batches of the r
 are the batch of a world of one: the world size never changes what is trained on.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import UsageError
-from pipeline.randomness import mix64
+from pipeline.randomness import mix64, mix64_in_place
 
 Int64 = NDArray[np.int64]
 UInt64 = NDArray[np.uint64]
 
 _ROUNDS = 6  # 4 pass for indistinguishable in theory; small domains mix better with a few more
+_SALTS = np.arange(1, _ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 _CHUNKS, _WINDOW = 1, 2  # what a permutation is for: part of its key
 
 
@@ -87,11 +89,16 @@ class SampleOrder:
         return range(rank * per_rank, (rank + 1) * per_rank)
 
     def window_of(self, epoch: int, lane: int, place: int) -> Int64:
-        """All samples of the window that holds a lane's place, in the order they are served."""
+        """All samples of the window that holds a lane's place, in the order they are served.
+
+        What `sample_at` says of each, for a tenth of its time: neighbours share their chunks.
+        """
         size = self.window * self.chunk
-        start = place // size * size
-        places = np.arange(start, min(start + size, self.samples_per_lane), dtype=np.int64)
-        return self.sample_at(epoch, np.full_like(places, lane), places)
+        window = place // size
+        start = window * size
+        length = min(size, self.samples_per_lane - start)
+        samples = self._consecutive(epoch, lane * self.samples_per_lane + start, length)
+        return samples[_permutation(length, _key(self.seed, epoch, _WINDOW, lane, window))]
 
     def replacements(self, epoch: int, lane: int, place: int) -> Iterator[int]:
         """What may stand in for the sample at a place, in turn: a pure function, like the order.
@@ -120,14 +127,31 @@ class SampleOrder:
         epochs, which = np.unique(np.atleast_1d(epoch), return_inverse=True)
         keys = _key(self.seed, epochs, _CHUNKS)
         short_start = self._slots_of_last_chunk(keys)[which] * self.chunk
-        short = self.num_samples - (self.num_chunks - 1) * self.chunk
-        after = position >= short_start + short
-        virtual: Int64 = np.where(after, position + (self.chunk - short), position)
-        slot, offset = np.divmod(virtual, self.chunk)
+        slot, offset = self._slot_and_offset(position, short_start)
         chunk = permute(
             slot, np.full_like(slot, self.num_chunks), np.broadcast_to(keys[which], slot.shape)
         )
         return chunk * self.chunk + offset
+
+    def _consecutive(self, epoch: int, position: int, count: int) -> Int64:
+        """The samples at so many positions, in their order; each chunk is looked up once."""
+        short_start = _slot_of_last_chunk(self.seed, epoch, self.num_chunks) * self.chunk
+        positions = np.arange(position, position + count, dtype=np.int64)
+        slot, offset = self._slot_and_offset(positions, short_start)
+        slots = np.arange(slot[0], slot[-1] + 1, dtype=np.int64)
+        sizes = np.full_like(slots, self.num_chunks)
+        key = np.broadcast_to(_key(self.seed, epoch, _CHUNKS), slots.shape)
+        chunks = permute(slots, sizes, key)
+        samples: Int64 = chunks[slot - slot[0]] * self.chunk + offset
+        return samples
+
+    def _slot_and_offset(self, position: Int64, short_start: int | Int64) -> tuple[Int64, Int64]:
+        """The place of a position among the chunks, and in its chunk: one of them may be short."""
+        short = self.num_samples - (self.num_chunks - 1) * self.chunk
+        after = position >= short_start + short
+        virtual: Int64 = position + after * (self.chunk - short)
+        slot, offset = np.divmod(virtual, self.chunk)
+        return slot, offset
 
     def _slots_of_last_chunk(self, keys: UInt64) -> Int64:
         """Where the last chunk, the one that may be short, stands: by the key of each epoch."""
@@ -228,6 +252,24 @@ def _key(*parts: int | Int64) -> UInt64:
     return np.atleast_1d(mix64(*parts))
 
 
+@functools.lru_cache(maxsize=64)
+def _slot_of_last_chunk(seed: int, epoch: int, num_chunks: int) -> int:
+    """`SampleOrder._slots_of_last_chunk` of one epoch."""
+    size = np.array([num_chunks], dtype=np.int64)
+    return int(_unpermute(size - 1, size, _key(seed, epoch, _CHUNKS))[0])
+
+
+def _permutation(size: int, key: UInt64) -> Int64:
+    """`permute` of 0 … size-1 with one key: the network is applied to its domain once."""
+    half = _half_bits(np.array([size], dtype=np.int64))
+    domain = np.arange(1 << 2 * int(half[0]), dtype=np.uint64)
+    following = _feistel(domain, half, key, range(_ROUNDS)).astype(np.int64)
+    out = following[:size]
+    while (outside := np.flatnonzero(out >= size)).size:
+        out[outside] = following[out[outside]]  # `out` is its head, never looked up again
+    return out
+
+
 def permute(value: Int64, size: Int64, key: UInt64) -> Int64:
     """Keyed permutation of 0 … size-1, elementwise in value, size and key, all of one shape."""
     return _walk(value, size, key, range(_ROUNDS))
@@ -262,9 +304,9 @@ def _feistel(value: UInt64, half: UInt64, key: UInt64, rounds: range) -> UInt64:
     right: UInt64 = value & mask
     backwards = rounds.step < 0
     for number in rounds:
-        salt = key + np.uint64((number + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+        salted = key + _SALTS[number]
         if backwards:
-            left, right = right ^ (mix64(left + salt) & mask), left
+            left, right = right ^ (mix64_in_place(left + salted) & mask), left
         else:
-            left, right = right, left ^ (mix64(right + salt) & mask)
+            left, right = right, left ^ (mix64_in_place(right + salted) & mask)
     return (left << half) | right

@@ -16,6 +16,7 @@ _MOST_DOUBLINGS = 7
 
 _LATE_QUANTILE, _LATE_FACTOR, _LEAST_LATE_S = 0.95, 1.5, 0.2
 _PACE_SAMPLES, _LEAST_PACE_SAMPLES = 256, 32
+_PACE_FADING = 0.95  # of what is known of the rate, with every range
 
 _LIMIT_STEP, _LIMIT_FACTOR = 0.25, 0.5  # a range that arrived; a store that asks for fewer
 _LIMIT_REST_S = 1.0  # requests that were on their way together are refused together
@@ -107,10 +108,18 @@ class Pace:
     """How long ranges took, and so from when on one is late; ranges of about one size compared."""
 
     def __init__(self) -> None:
+        self._recent_bytes = self._recent_s = 0.0
         self._seconds: dict[int, deque[float]] = {}
         self._late_s: dict[int, float] = {}
 
+    @property
+    def bytes_per_s(self) -> float:
+        """Of a request, in the recent past; 0 while nothing is known."""
+        return self._recent_bytes / self._recent_s if self._recent_s else 0.0
+
     def add(self, length_bytes: int, seconds: float) -> None:
+        self._recent_bytes = self._recent_bytes * _PACE_FADING + length_bytes
+        self._recent_s = self._recent_s * _PACE_FADING + seconds
         size = length_bytes.bit_length()
         seen = self._seconds.setdefault(size, deque(maxlen=_PACE_SAMPLES))
         seen.append(seconds)

@@ -7,7 +7,6 @@ by what an image costs (pipeline.forecast), and draws the loader's time (pipelin
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import load_config
+from pipeline.cores import usable_cores
 from pipeline.errors import UsageError, run_command
 from pipeline.forecast import (
     ASSUMED_IMAGES_PER_S,
@@ -216,7 +216,7 @@ def measure(
         title=f"{dataset}, version {snapshot.version}",
         num_images=snapshot.num_kept,
         sample_bytes=sample_bytes,
-        num_cores=len(os.sched_getaffinity(0)),
+        num_cores=usable_cores(),
         reading=reading,
         cutting=cutting,
         looping=looping,

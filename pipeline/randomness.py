@@ -33,6 +33,18 @@ def mix64(*parts: ArrayLike) -> NDArray[np.uint64]:
         return np.asarray(reduce(_absorb, map(_as_uint64, parts), np.uint64(0)))
 
 
+def mix64_in_place(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """`mix64` of each value, for who hashes small arrays often: overwritten, and returned."""
+    values += _GOLDEN
+    shifted = values >> _SHIFT_1
+    values ^= shifted
+    values *= _FACTOR_1
+    values ^= np.right_shift(values, _SHIFT_2, out=shifted)
+    values *= _FACTOR_2
+    values ^= np.right_shift(values, _SHIFT_3, out=shifted)
+    return values
+
+
 def uniform(*parts: ArrayLike) -> NDArray[np.float64]:
     """Draw from [0, 1) for each element of the parts' broadcast shape, with 53 random bits."""
     return np.asarray((mix64(*parts) >> np.uint64(11)) * 2.0**-53)

@@ -12,9 +12,11 @@ replaces it. A store out of reach is an error: what is trained on never depends 
 
 import asyncio
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +35,7 @@ _INDEX_CACHE_BYTES = 128 << 20  # some 50 bytes a row: a thousand shards of 2,50
 _BAD_DATA = (DataError, ObjectMissingError, ObjectChangedError)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes a microsecond
 class RawSample:
     """One image as it lies in its shard; `number` counts within the snapshot."""
 
@@ -146,16 +148,16 @@ class SampleReader:
         if cache is not None:
             cached = await asyncio.to_thread(cache.get, content, run.begin, run.num_bytes)
             if cached is not None:
-                data = run.cut(cached, run.begin)
+                data = run.cut([cached])
                 if None not in data:
                     return data
                 cache.remove(content, run.begin, run.num_bytes)
-        body = await self._read_range(shard, run.rows, run.begin, run.num_bytes)
-        data = run.cut(body, run.begin)
+        parts = await self._read_parts(shard, run)
+        data = run.cut(parts)
         if None in data:
             return await self._read_again(shard, run, data)
         if cache is not None:
-            await asyncio.to_thread(cache.put, content, run.begin, body)
+            await asyncio.to_thread(cache.put, content, run.begin, b"".join(parts))
         return data
 
     async def _read_again(
@@ -165,15 +167,16 @@ class SampleReader:
         damaged = [i for i, found in enumerate(data) if found is None]
         self.telemetry.add(fetch_rereads=len(damaged))
         again = _Run(run.rows, run.start + damaged[0], run.start + damaged[-1] + 1)
-        body = await self._read_range(shard, run.rows, again.begin, again.num_bytes)
-        fresh = again.cut(body, again.begin)
+        fresh = again.cut(await self._read_parts(shard, again))
         for i in damaged:  # not the good ones between them, which may have suffered this time
             data[i] = fresh[i - damaged[0]]
         return data
 
-    async def _read_range(self, shard: int, rows: _Rows, begin: int, num_bytes: int) -> bytes:
-        tag = self._snapshot.tar_tag[shard]
-        return await self.ranges.read(rows.store, rows.name, begin, num_bytes, tag=tag)
+    async def _read_parts(self, shard: int, run: "_Run") -> list[bytes]:
+        rows, tag = run.rows, self._snapshot.tar_tag[shard]
+        return await self.ranges.read_parts(
+            rows.store, rows.name, run.begin, run.num_bytes, tag=tag
+        )
 
     async def _load_rows(self, shard: int) -> _Rows:
         mask = await self._read_mask(shard)
@@ -234,15 +237,16 @@ class _Run:
         self.begin = self._offsets[0]
         self.num_bytes = self._offsets[-1] + self._lengths[-1] - self.begin
 
-    def cut(self, body: bytes, origin: int) -> list[bytes | None]:
+    def cut(self, parts: list[bytes]) -> list[bytes | None]:
         """Every sample's bytes, None where their CRC32C is not the recorded one.
 
-        Copies: 36 kB cost a microsecond, and slices would hold the whole body until the last of
-        them is used, which is a window later.
+        Copies, each byte once: views would hold the parts until the last of their samples is used,
+        which is a window later.
         """
+        body = _Body(parts)
         data: list[bytes | None] = []
         for offset, length, expected in zip(self._offsets, self._lengths, self._crcs, strict=True):
-            found = body[offset - origin : offset - origin + length]
+            found = body.copy(offset - self.begin, length)
             data.append(found if crc32c(found) == expected else None)
         return data
 
@@ -257,6 +261,25 @@ class _Run:
             else RawSample(number + i, key, url, found, label)
             for i, (found, key, label) in enumerate(zip(data, keys, labels, strict=True))
         ]
+
+
+class _Body:
+    """Bytes that lie in several parts."""
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self._parts = parts or [b""]
+        self._starts = [0, *accumulate(map(len, self._parts[:-1]))]
+
+    def copy(self, start: int, length: int) -> bytes:
+        """So many bytes from `start` on, or what there is of them."""
+        end = start + length
+        first = max(0, bisect_right(self._starts, start) - 1)
+        part, origin = self._parts[first], self._starts[first]
+        if end - origin <= len(part):
+            return part[start - origin : end - origin]
+        last = bisect_left(self._starts, end)
+        within = zip(self._parts[first:last], self._starts[first:last], strict=True)
+        return b"".join(part[max(0, start - origin) : end - origin] for part, origin in within)
 
 
 LoadRows = Callable[[int], Awaitable[_Rows]]

@@ -270,7 +270,7 @@ def read_index(body: bytes, *, where: str, sha256: bytes | None = None) -> pa.Ta
         )
     try:
         table = parse_parquet(body)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # a name that is no UTF-8
         raise ShardError(f"{where}: not a readable Parquet file: {error}") from None
     version = (table.schema.metadata or {}).get(_VERSION_KEY)
     fields = [table.schema.field(name) for name in table.column_names[: len(INDEX_SCHEMA)]]
@@ -286,7 +286,8 @@ def parse_parquet(body: bytes) -> pa.Table:
     """A Parquet file as a table; page checksums, where it has some, are verified.
 
     One thread, not pyarrow.parquet.read_table: that leaves threads behind on which the interpreter
-    now and then aborts when it exits, a known fault of Arrow. Raises pa.ArrowException, OSError.
+    now and then aborts when it exits, a known fault of Arrow. Raises pa.ArrowException, OSError,
+    ValueError.
     """
     with pq.ParquetFile(pa.BufferReader(body), page_checksum_verification=True) as file:
         return file.read(use_threads=False)

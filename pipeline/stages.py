@@ -5,8 +5,8 @@
     loader     the real one from end to end, with its worker processes
     device     copying a batch and its colour, where there is a CUDA device
 
-CPU seconds are those of this process and its workers together (pipeline.usage); the time to start
-is left out everywhere.
+CPU seconds are those of this process and its workers together (pipeline.processes); the time to
+start is left out everywhere.
 """
 
 import itertools
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment import AugmentConfig, draw_groups
 from pipeline.augment_device import augment
 from pipeline.augment_host import augment_pixels
+from pipeline.batches import mean_sample_bytes
 from pipeline.crops import CropsConfig, block_shapes, crop_boxes, decode_crops
 from pipeline.decode import decode_rgbx, guard_header
 from pipeline.errors import DataError, SampleError
@@ -32,7 +33,7 @@ from pipeline.samples import RawSample, SampleReader
 from pipeline.store import Store
 from pipeline.telemetry import Span, Telemetry
 from pipeline.timeline import HandedOver
-from pipeline.usage import cpu_seconds, resident_bytes
+from pipeline.processes import cpu_seconds, resident_bytes
 
 Uint8 = NDArray[np.uint8]
 T = TypeVar("T")
@@ -145,7 +146,7 @@ def measure_reading(
     """
     telemetry = Telemetry()
     reader = SampleReader(dataset, snapshot, telemetry, fetch=fetch)
-    sample_bytes = float(np.sum(snapshot.tar_bytes)) / snapshot.num_kept
+    sample_bytes = mean_sample_bytes(snapshot)
     asked, taken = itertools.tee(_random_pieces(snapshot.num_kept, chunk))
     prefetcher = Prefetcher([reader], asked, ahead_bytes=ahead_bytes, sample_bytes=[sample_bytes])
     kept: list[RawSample] = []
@@ -294,18 +295,17 @@ def _cut(images: Sequence[RawSample], crops: CropsConfig, blocks: Sequence[Uint8
         height_px=[header.height_px for header in headers],
     )
     for slot, (image, header) in enumerate(zip(images, headers, strict=True)):
-        decode_crops(image.data, header, boxes[slot], [block[:, slot] for block in blocks])
+        out = [block[:, slot] for block in blocks]
+        decode_crops(image.data, header, boxes[slot], out, reduced=crops.reduced_decode)
 
 
 def _colour(
     images: Sequence[RawSample], blocks: Sequence[Uint8], augmentation: AugmentConfig
 ) -> None:
-    numbers, first = [sample.number for sample in images], 0
-    for block in blocks:
-        crops = range(first, first + len(block))
-        drawn = draw_augment(augmentation, seed=0, epoch=0, samples=numbers, crop_indices=crops)
-        augment_pixels(block, drawn)
-        first += len(block)
+    numbers = [sample.number for sample in images]
+    drawn = draw_groups(augmentation, map(len, blocks), seed=0, epoch=0, samples=numbers)
+    for block, params in zip(blocks, drawn, strict=True):
+        augment_pixels(block, params)
 
 
 def _cpu_s(work: Callable[[], None], seconds: float) -> float:
@@ -321,13 +321,10 @@ def _cpu_s(work: Callable[[], None], seconds: float) -> float:
 def _colour_on_device(
     blocks: Sequence[torch.Tensor], batch_size: int, augmentation: AugmentConfig
 ) -> None:
-    first = 0
-    for block in blocks:
-        indices = range(first, first + len(block))
-        samples = range(batch_size)
-        drawn = draw_augment(augmentation, seed=0, epoch=0, samples=samples, crop_indices=indices)
-        augment(block.flatten(0, 1).permute(0, 3, 1, 2), drawn, augmentation)
-        first += len(block)
+    numbers = range(batch_size)
+    drawn = draw_groups(augmentation, map(len, blocks), seed=0, epoch=0, samples=numbers)
+    for block, params in zip(blocks, drawn, strict=True):
+        augment(block.flatten(0, 1).permute(0, 3, 1, 2), params, augmentation)
 
 
 def _device_s(work: Callable[[], object], repeats: int = 10) -> float:

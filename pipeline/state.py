@@ -17,6 +17,11 @@ _NO_SETTINGS = ("epoch", "step", "sources")
 
 def check_form(state: State, num_sources: int) -> None:
     """Raise UsageError for a state that is not of so many data sets, or of another form."""
+    if "streamed" in state:
+        raise UsageError(
+            f"the checkpoint was written while {state['streamed']} was streamed, which is no place "
+            f"in a packed data set's order; start a new run under another checkpoint.run"
+        )
     if "sources" not in state:
         raise UsageError(
             "the checkpoint is of a version of cropstream that wrote the loader's state otherwise; "

@@ -50,7 +50,6 @@ _FILE_PART_BYTES = 2 * 2**20  # of a local file: written while they are in the p
 PARTS_IN_FLIGHT = 4
 SHORT_BODY_ATTEMPTS = 3
 _JUMP_BYTES = 64 * 2**10  # fetched first behind bytes that were passed over
-_STREAM_BYTES = 256 * 2**10  # of a streamed part, at least: smaller ones cost more than they tell
 
 _CLIENT_ERRORS = (obstore_errors.BaseError, OSError, ValueError)  # what obstore raises
 
@@ -185,12 +184,20 @@ class Store:
         )
 
     async def stream_range(
-        self, key: str, start_bytes: int, length_bytes: int, *, tag: str | None = None
+        self,
+        key: str,
+        start_bytes: int,
+        length_bytes: int,
+        *,
+        tag: str | None = None,
+        part_bytes: int = 1,
     ) -> AsyncIterator[bytes]:
         """The bytes of a range as they come in: one request, not repeated whatever happens.
 
-        For a reader that resumes, waits and repeats by itself (pipeline.ranges). The stream may
-        end early without an error: who asks counts. A directory answers with one part. Raises
+        For a reader that resumes, waits and repeats by itself (pipeline.ranges). A part has at
+        least `part_bytes` bytes, but for the last; a stream that breaks loses what it had of the
+        next. It may end early without an error: who asks counts. A directory answers with one
+        part. Raises
         ThrottledError, ObjectChangedError if the object is shorter or has not the `tag`, and the
         other kinds of StoreError.
         """
@@ -207,7 +214,7 @@ class Store:
         with self._translated("read", key):
             result = await obstore.get_async(self._open_streams(), self._path(key), options=options)
             self._check_reach(key, start_bytes + length_bytes, result.meta["size"])
-            async for part in result.stream(min_chunk_size=_STREAM_BYTES):
+            async for part in result.stream(min_chunk_size=part_bytes):
                 yield part
 
     def _check_reach(self, key: str, end_bytes: int, size_bytes: int) -> None:

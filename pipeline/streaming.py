@@ -11,7 +11,6 @@ slot. Crops and colours are a function of (seed, epoch, slot): a slot is numbere
 """
 
 import logging
-import os
 import queue
 import threading
 from collections import deque
@@ -27,9 +26,11 @@ from numpy.typing import NDArray
 from pipeline.augment import AugmentConfig, AugmentParams, draw_augment
 from pipeline.augment_device import augment
 from pipeline.augment_host import augment_pixels, normalize_into
+from pipeline.cores import usable_cores
 from pipeline.crops import CropsConfig, block_shapes, crop_boxes, decode_crops
 from pipeline.decode import ImageHeader, guard_header
 from pipeline.errors import SampleError, UsageError
+from pipeline.lending import Lender
 from pipeline.loader import Batch, LoaderConfig
 from pipeline.quarantine import Quarantine
 from pipeline.samples import BadSample, RawSample
@@ -57,10 +58,8 @@ _log = logging.getLogger(__name__)
 class StreamingLoader:
     """Endless batches of multi-crops from tars; the public side of `MultiCropLoader`.
 
-    Args:
-        epoch_samples: what counts as an epoch; nobody knows how many images there are.
-        shuffle_samples: encoded images held in memory to be shuffled, a rank.
-        The others as of MultiCropLoader; of `config`, the order's settings do not apply.
+    Its arguments are of the same meaning, but of `config` the order's settings do not apply, nor do
+    workers, and `epoch_samples` is what counts as an epoch: nobody knows how many images there are.
 
     Raises UsageError for a data set or sizes that do not fit; while iterating, StoreError when a
     store stays out of reach, DataError when more than `max_bad_samples` images were bad, or all.
@@ -72,8 +71,6 @@ class StreamingLoader:
         crops: CropsConfig,
         augmentation: AugmentConfig,
         *,
-        epoch_samples: int,
-        shuffle_samples: int = 2000,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -84,7 +81,7 @@ class StreamingLoader:
         quarantine: Iterable[Mapping[str, Any]] = (),
         record_spans: bool = False,
     ) -> None:
-        _check_sizes(config.global_batch, epoch_samples, world_size)
+        _check_sizes(config.global_batch, config.epoch_samples, world_size)
         self.config = config
         self.crops = crops
         self.augmentation = augmentation
@@ -93,7 +90,7 @@ class StreamingLoader:
         self.world_size = world_size
         self.device = torch.device(device)
         self.epochs = epochs
-        self.num_samples = epoch_samples
+        self.num_samples = config.epoch_samples
         self.telemetry = Telemetry(record_spans=record_spans)
         self.quarantine = Quarantine(
             config.dataset, limit=config.max_bad_samples, entries=quarantine
@@ -102,13 +99,13 @@ class StreamingLoader:
         self._stream = TarStream(
             expand_tars(config.dataset),
             seed=seed,
-            shuffle_samples=shuffle_samples,
+            shuffle_samples=config.shuffle_samples,
             telemetry=self.telemetry,
             rank=rank,
             world_size=world_size,
         )
-        cores = len(os.sched_getaffinity(0))
-        self._num_threads = config.threads or max(1, cores // local_world_size)
+        self._num_threads = config.threads or max(1, usable_cores() // local_world_size)
+        self._lender = Lender()
         self._epoch, self._step = 0, 0
         self._work: _Work | None = None
         if rank == 0:
@@ -146,6 +143,11 @@ class StreamingLoader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Count on from a saved position. Raises UsageError if the state is of another run."""
+        if "streamed" not in state:
+            raise UsageError(
+                f"the checkpoint was written with a packed data set, which {self.config.dataset} "
+                "is not; set loader.dataset back, or start a new run under another checkpoint.run"
+            )
         for name, mine in self.state_dict().items():
             if name not in _POSITION and state.get(name) != mine:
                 raise UsageError(
@@ -285,7 +287,7 @@ class StreamingLoader:
 
     def _to_device(self, filling: "_Filling", block: UInt8, first: int) -> torch.Tensor:
         if self.device.type == "cpu":
-            normalized = np.empty(block.shape, np.float32)
+            normalized = self._lender.lend(block.shape)
             normalize_into(block, normalized, self.augmentation)
             return _as_crops(normalized)
         params = self._draw(filling.epoch, filling.slots, range(first, first + len(block)))

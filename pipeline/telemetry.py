@@ -54,10 +54,11 @@ class Telemetry:
 
     def record(self, name: str, start_s: float, end_s: float) -> None:
         """Add a block of time that was measured by perf_counter, as `timed` does."""
-        self.merge({name: end_s - start_s})
+        spans: tuple[Span, ...] = ()
         if self.record_spans and len(self._spans) < _MOST_SPANS:
             thread = threading.current_thread().name
-            self._spans.append(Span(name.removesuffix("_s"), thread, start_s, end_s))
+            spans = (Span(name.removesuffix("_s"), thread, start_s, end_s),)
+        self.merge({name: end_s - start_s}, spans)
 
     def total(self, name: str) -> float:
         with self._lock:
@@ -71,7 +72,8 @@ class Telemetry:
 
     def take_spans(self) -> list[Span]:
         """All spans since the last take."""
-        spans, self._spans = self._spans, []
+        with self._lock:
+            spans, self._spans = self._spans, []
         return spans
 
     def merge(self, sums: Mapping[str, float], spans: Iterable[Span] = ()) -> None:
@@ -79,4 +81,4 @@ class Telemetry:
         with self._lock:
             for name, amount in sums.items():
                 self._sums[name] += amount  # type: ignore[assignment]
-        self._spans.extend(spans)
+            self._spans.extend(spans)

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection
 from pipeline.batches import BatchFiller, Filled
 from pipeline.errors import CropstreamError
 from pipeline.messages import Assignment, Condemned, Done, Failed
-from pipeline.probe import probe
+from pipeline.probe import Trial, probe
 from pipeline.ring import Pulse, Ring
 from pipeline.samples import BadSample
 from pipeline.telemetry import Telemetry
@@ -135,13 +135,20 @@ class _Batches:
 
 def _probe(filler: BatchFiller, assignment: Assignment) -> list[BadSample]:
     """Try each suspect in a child process, all at once: one that hangs takes its time."""
+    share, num_slots = assignment.share, assignment.layout.num_slots
 
     def judge(number: int) -> BadSample | None:
         sample = filler.read(number)
         if isinstance(sample, BadSample):
             return None  # as its turn will show
-        max_pixels = assignment.share.max_image_pixels
-        reason = probe(sample.data, max_pixels=max_pixels, limit_s=assignment.probe_limit_s)
+        trial = Trial(
+            max_pixels=share.max_image_pixels,
+            crops=share.crops,
+            seed=share.seed,
+            epoch=filler.epoch_of(number, range(assignment.step, assignment.step + num_slots)),
+            sample=number,
+        )
+        reason = probe(sample.data, trial, limit_s=assignment.probe_limit_s)
         return BadSample(number, sample.key, sample.shard, reason) if reason else None
 
     with ThreadPoolExecutor(len(assignment.suspects), thread_name_prefix="probe") as threads:

@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -26,6 +27,8 @@ from pipeline.config import dump_config
 from pipeline.errors import CropstreamError, TrainingError, UsageError
 from pipeline.loader import Batch, MultiCropLoader
 from pipeline.quarantine import in_order
+from pipeline.streaming import StreamingLoader
+from pipeline.tars import names_tars
 from trainer.checkpoint import Checkpoints
 from trainer.distributed import World
 from trainer.engine import DeepSpeedEngine, Engine
@@ -41,6 +44,7 @@ if TYPE_CHECKING:  # config.py collects the sections, ours among them
     from trainer.config import Config
 
 T = TypeVar("T")
+Loader = MultiCropLoader | StreamingLoader
 
 # Where a step's time went, of what the loader counts: told also when it is nothing.
 _WAITS = ("data_wait_s", "wait_fetch_s", "wait_decode_s", "wait_handover_s", "transfer_s")
@@ -113,7 +117,7 @@ class _Run:
     config: "Config"
     world: World
     checkpoints: Checkpoints
-    loader: MultiCropLoader
+    loader: Loader
     engine: Engine
     queue: FeatureQueue | None
     first_step: int = 0
@@ -182,13 +186,16 @@ def together(world: World, build: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> MultiCropLoader:
+def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> Loader:
+    """Of the packed data sets of the configuration, or of plain tars."""
     hosts = world.gather(socket.gethostname())
-    return MultiCropLoader(
+    build: Callable[..., Loader] = partial(MultiCropLoader, fetch=config.fetch)
+    if names_tars(config.loader.dataset):
+        build = StreamingLoader
+    return build(
         config.loader,
         config.crops,
         config.augment,
-        fetch=config.fetch,
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.world_size,
@@ -216,7 +223,7 @@ def _build_engine(config: "Config", world: World) -> Engine:
     return DeepSpeedEngine(model, optimizer, config.engine)
 
 
-def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> FeatureQueue | None:
+def _build_queue(config: "Config", world: World, loader: Loader) -> FeatureQueue | None:
     """Allocated from the beginning, so that a checkpoint has one shape; used from its start on.
 
     Raises UsageError for a queue that would never take part.
@@ -234,8 +241,8 @@ def _build_queue(config: "Config", world: World, loader: MultiCropLoader) -> Fea
     )
 
 
-def _check_queue(config: "Config", loader: MultiCropLoader) -> None:
-    length, global_batch = config.queue.length, loader.mixture.global_batch
+def _check_queue(config: "Config", loader: Loader) -> None:
+    length, global_batch = config.queue.length, config.loader.global_batch
     if length < global_batch:
         raise UsageError(
             f"queue.length={length} holds no whole global batch of {global_batch}; make it a "
@@ -291,7 +298,7 @@ def _read_loss(run: _Run, result: StepResult, batch: Batch) -> float:
 class _Clock:
     """Rates between logged steps, and what this process has used."""
 
-    def __init__(self, loader: MultiCropLoader, first_step: int) -> None:
+    def __init__(self, loader: Loader, first_step: int) -> None:
         self._loader = loader
         self._step = first_step - 1
         self._time = time.perf_counter()

@@ -21,7 +21,7 @@ import torch
 from pipeline.augment import AugmentConfig
 from pipeline.crops import CropsConfig
 from pipeline.loader import LoaderConfig, MultiCropLoader
-from pipeline.usage import cpu_seconds
+from pipeline.processes import cpu_seconds
 from tests.bench.photographs import TRAIN, photographs
 from tests.bench.rows import Row
 from tests.support.dataset import write_dataset

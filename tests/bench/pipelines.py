@@ -18,7 +18,7 @@ import simplejpeg
 from pipeline.augment import AugmentConfig
 from pipeline.crops import CropsConfig
 from pipeline.loader import LoaderConfig, MultiCropLoader
-from pipeline.usage import cpu_seconds
+from pipeline.processes import cpu_seconds
 from tests.bench.peers import peer_python
 from tests.bench.reference import Reference
 from tests.support.launch import ROOT, environment

@@ -2,12 +2,12 @@
 
 The same photographs of 500x375 lie on one server: in our shards, which are webdataset's too, and in
 litdata's and mosaic's own formats, all in files of about 64 MB. A reading is a process of its own
-that first reads a small data set, so that nobody's imports and connections count, then the large
-one. The readers take turns. Nothing is decoded.
+that first reads a small data set, so that nobody's imports, connections and buffers count, then the
+large one. The readers take turns. Nothing is decoded.
 
 All read as they do for training, shuffled, each in its usual way: ours by the lanes and windows of
-its order, a chunk of 4 MB at a time; the peers as peers/reading.py says, their caches on the local
-disk. Only ours checks what it has read, every sample's CRC32C.
+its order, a chunk of 4 MB at a time, in a worker's environment; the peers as peers/reading.py says,
+their caches on the local disk. Only ours checks what it has read, every sample's CRC32C.
 """
 
 import json
@@ -18,16 +18,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from time import process_time
 
 from botocore.session import Session
 
 from pipeline.fetch import Prefetcher, pieces_in_order
 from pipeline.manifest import read_snapshot
 from pipeline.mixture import Source, mix_sources
+from pipeline.ranges import READER_ENVIRONMENT
 from pipeline.samples import RawSample, SampleReader
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
-from pipeline.usage import cpu_seconds
 from tests.bench.peers import PeerError, peer_python, peer_version
 from tests.bench.photographs import TRAIN, photographs
 from tests.bench.rows import Row
@@ -37,7 +38,7 @@ from tests.support.s3_server import S3Server
 
 GROUP = "loader."
 
-SIZES = {"small": 512, "large": 4096}  # samples
+SIZES = {"small": 2048, "large": 4096}  # samples; the small one fills what is read ahead
 PER_SHARD = 1400  # 64 MB
 CHUNK, WINDOW, LANES, BATCH = 96, 4, 4, 256
 AHEAD_BYTES = 64 << 20
@@ -136,17 +137,18 @@ class Bench:
         return store.url
 
     def _cpu_s(self, name: str, command: Command) -> float:
+        own = READER_ENVIRONMENT if name == "ours" else {}
         with tempfile.TemporaryDirectory(dir=self._folder) as cache:
-            done = self._run([*command, cache])
+            done = self._run([*command, cache], own)
         found = json.loads(done.splitlines()[-1])
         assert found["num_samples"] >= SIZES["large"] - BATCH, (name, found)
         return float(found["cpu_s"])
 
-    def _run(self, command: Sequence[str]) -> str:
+    def _run(self, command: Sequence[str], own: Mapping[str, str] | None = None) -> str:
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=self._environment,
+            env={**self._environment, **(own or {})},
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
@@ -183,9 +185,9 @@ def read_samples(url: Url) -> Iterator[bytes]:
 def main(small: Url, large: Url, _cache: str) -> None:
     """Read both, print what the second cost, like peers/reading.py."""
     assert all(read_samples(small))
-    began = cpu_seconds()
+    began = process_time()
     sizes = [len(data) for data in read_samples(large)]
-    spent = cpu_seconds() - began
+    spent = process_time() - began
     print(json.dumps({"cpu_s": spent, "num_samples": len(sizes), "size_bytes": sum(sizes)}))
 
 

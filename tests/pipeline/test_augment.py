@@ -24,6 +24,7 @@ from pipeline.augment import (
     AugmentConfig,
     AugmentParams,
     draw_augment,
+    draw_groups,
 )
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -117,6 +118,16 @@ def test_every_sample_may_have_its_own_epoch() -> None:
         )
         for whole, part in zip(columns(together), columns(alone), strict=True):
             np.testing.assert_array_equal(whole[place::4], part)
+
+
+def test_groups_number_the_crops_of_an_image_through() -> None:
+    arguments: dict[str, Any] = {"seed": 3, "epoch": [0, 1, 0], "samples": [4, 9, 4]}
+    whole = draw_augment(CONFIG, crop_indices=range(8), **arguments)
+    groups = list(draw_groups(CONFIG, iter([2, 0, 6]), **arguments))
+    assert [len(group.flip) for group in groups] == [6, 0, 18]
+    for name, values in vars(whole).items():
+        joined = np.concatenate([getattr(group, name) for group in groups])
+        np.testing.assert_array_equal(joined, values)
 
 
 def test_strength_zero_switches_an_operation_off() -> None:

@@ -124,18 +124,59 @@ def test_processes_share_one_budget(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_what_a_killed_process_left_is_put_right(tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
-                             check=True, capture_output=True, text=True)  # fmt: skip
-    dead = int(process.stdout)
+@pytest.mark.parametrize("process", [os.getppid(), 2**22])  # one that lives, and none
+def test_what_a_killed_process_left_is_put_right_an_hour_later(
+    tmp_path: Path, process: int
+) -> None:
+    """Not earlier: whether a process of another machine lives cannot be seen here."""
     cache_of(tmp_path).put(SHARD, 0, BODY)
-    (tmp_path / f".{dead}-1.part").write_bytes(BODY)
-    (tmp_path / f".{os.getppid()}-1.part").write_bytes(BODY)
+    parts = [tmp_path / f".{process}-{number}.part" for number in range(2)]
+    for part in parts:
+        part.write_bytes(BODY)
+    then = parts[0].stat().st_mtime - 3700
+    os.utime(parts[0], (then, then))
     (tmp_path / "bytes").write_bytes((10**15).to_bytes(8, "little"))  # reserved, never written
-    cache = cache_of(tmp_path, entries=2.5)
-    assert [path.name for path in tmp_path.glob(".*")] == [f".{os.getppid()}-1.part"]
+    cache = cache_of(tmp_path, entries=3.5)
+    assert list(tmp_path.glob(".*")) == parts[1:]
     cache.put(SHARD, 1, BODY)
     assert cache.get(SHARD, 1, len(BODY)) == BODY
+
+
+KILLED_WHILE_WRITING = """
+import os, sys
+os.getpid = lambda: 7  # as in two containers
+from pipeline.cache import RangeCache
+from pipeline.telemetry import Telemetry
+
+class Killed(RangeCache):
+    def _write(self, part, name, body):
+        os._exit(0)
+
+Killed(sys.argv[1], 10**6, Telemetry()).put(bytes(32), 0, b"body")
+"""
+
+
+def test_processes_of_one_number_write_different_files(tmp_path: Path) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path)], check=True)
+    assert len(list(tmp_path.glob(".*.part"))) == 2
+
+
+class Overtaken(RangeCache):
+    """Another process puts the same range while this one writes it."""
+
+    def _reserve(self, part: Path, size: int) -> bool:
+        fits = super()._reserve(part, size)
+        cache_of(self._folder).put(SHARD, 0, BODY)
+        return fits
+
+
+def test_a_range_that_two_processes_put_counts_once(tmp_path: Path) -> None:
+    cache = Overtaken(str(tmp_path), 10**6, Telemetry())
+    cache.put(SHARD, 0, BODY)
+    assert int.from_bytes((tmp_path / "bytes").read_bytes(), "little") == held_bytes(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert cache.get(SHARD, 0, len(BODY)) == BODY
 
 
 def test_a_directory_that_cannot_be_used(tmp_path: Path) -> None:

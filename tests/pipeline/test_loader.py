@@ -16,9 +16,11 @@ import torch
 
 from pipeline.augment import AugmentConfig, draw_augment
 from pipeline.augment_device import augment
+from pipeline.batches import BatchFiller
 from pipeline.crops import CropsConfig
 from pipeline.errors import DataError, ManifestError, UsageError
 from pipeline.loader import Batch, LoaderConfig, MixPart, MultiCropLoader
+from pipeline.ring import Pulse
 from pipeline.shards import parse_parquet
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
@@ -94,11 +96,11 @@ def test_shapes_and_epochs(url):
         assert sorted(seen.tolist()) == list(range(COUNT))
 
 
-def test_world_size_workers_and_threads_change_nothing(url):
-    alone = take(loader_of(url, threads=1), 20)
-    assert_same(take(loader_of(url, threads=5), 20), alone)
-    assert_same(take(loader_of(url, workers=3), 20), alone)
-    ranks = [take(loader_of(url, world=(rank, 2), workers=rank), 20) for rank in range(2)]
+def test_world_size_workers_and_threads_change_nothing(folder):
+    alone = take(loader_of(folder, threads=1), 20)
+    assert_same(take(loader_of(folder, threads=5), 20), alone)
+    assert_same(take(loader_of(folder, workers=3), 20), alone)
+    ranks = [take(loader_of(folder, world=(rank, 2), workers=rank), 20) for rank in range(2)]
     for step, batch in enumerate(alone):
         samples = np.concatenate([rank[step].samples for rank in ranks])
         np.testing.assert_array_equal(samples, batch.samples)
@@ -280,6 +282,26 @@ def test_colours_of_workers_are_those_of_the_device_code(folder):
         first += len(block)
 
 
+def test_batches_that_are_kept_never_change_and_what_is_dropped_is_used_again(folder):
+    with loader_of(folder) as loader:
+        batches = iter(loader)
+        kept = list(islice(batches, 5))
+        copies = [[crops.clone() for crops in batch.crops] for batch in kept]
+        addresses = {crops.data_ptr() for batch in kept for crops in batch.crops}
+        assert len(addresses) == 10
+        for _ in islice(batches, 5):
+            pass
+        for batch, copied in zip(kept, copies, strict=True):
+            for crops, before in zip(batch.crops, copied, strict=True):
+                assert torch.equal(crops, before)
+        part = kept[3].crops[0][5:7]
+        expected = part.clone()
+        del kept, batch, crops
+        later = {crops.data_ptr() for batch in islice(batches, 6) for crops in batch.crops}
+        assert len(later) <= 6, "of two resolutions: the loop's, the one being made, and one spare"
+        assert torch.equal(part, expected)
+
+
 @pytest.fixture
 def mix(tmp_path: Path) -> tuple[MixPart, ...]:
     """60 and 40 pictures; the smaller set comes three times as often."""
@@ -300,6 +322,21 @@ def test_a_mixture_is_the_same_for_any_world_and_any_workers(mix):
     numbers = np.concatenate([batch.samples for batch in alone])
     assert 0.7 < np.mean(numbers >= 60) < 0.8
     assert set(numbers.tolist()) == set(range(100))
+
+
+def test_a_worker_finds_the_epoch_in_which_a_sample_is_its_turn(mix):
+    loader = loader_of(mix)
+    (share,) = loader._shares(colour=False)
+    with BatchFiller(share, Pulse(np.zeros(5, np.int64)), loader.telemetry) as filler:
+        steps = range(20, 23)
+        epochs: dict[int, int] = {}
+        for step in steps:
+            slots = loader.mixture.slots(*divmod(step, loader.steps_per_epoch), share.lanes)
+            for number, epoch in zip(slots.global_numbers, slots.epoch, strict=True):
+                epochs.setdefault(int(number), int(epoch))
+        assert len(set(epochs.values())) > 1
+        for number, epoch in epochs.items():
+            assert filler.epoch_of(number, steps) == epoch
 
 
 @pytest.mark.parametrize("stop", [1, 13, 29])

@@ -68,6 +68,17 @@ def test_late_is_what_takes_longer_than_nearly_all() -> None:
     assert pace.late_s(1 << 10) == float("inf")
 
 
+def test_the_rate_of_the_recent_past() -> None:
+    pace = Pace()
+    assert pace.bytes_per_s == 0
+    for _ in range(3):
+        pace.add(1000, 0.5)
+    assert pace.bytes_per_s == pytest.approx(2000)
+    for _ in range(200):
+        pace.add(1000, 2)
+    assert pace.bytes_per_s == pytest.approx(500, rel=0.01)
+
+
 def test_only_stalls_of_most_requests_mean_that_there_are_too_many() -> None:
     async def run() -> None:
         limiter = Limiter(8)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.config import load_config
@@ -103,6 +104,38 @@ def test_what_broke_is_taken_up_where_it_broke(store: Store, proxy: FaultProxy, 
     assert total(reader, "fetch_retries") == 1
     assert total(reader, "fetch_resumes") == (read_before > 0)
     assert total(reader, "fetch_bytes") == len(BODY) - 5
+
+
+def test_a_break_loses_less_than_a_part_and_a_failed_range_is_read_as_it_comes(
+    store: Store, proxy: FaultProxy
+) -> None:
+    proxy.rules = [Rule(kind=Kind.CUT, nth=range(1, 4), after_bytes=500_000)]
+    reader = new_reader()
+    reader.pace.add(len(BODY), 0.05)  # so parts are of a megabyte
+    assert read(reader, store) == BODY
+    begins = [exchange.request.first_byte for exchange in proxy.exchanges]
+    assert begins[:2] == [0, 0]
+    assert all(250_000 <= step <= 500_000 for step in np.diff(begins[1:]))
+    assert total(reader, "fetch_retries") == 3
+    assert total(reader, "fetch_resumes") == 2
+
+
+def test_large_parts_are_resumed_behind_the_last_whole_one(store: Store, proxy: FaultProxy) -> None:
+    proxy.rules = [Rule(kind=Kind.CUT, nth=(1,), after_bytes=2_600_000)]
+    reader = new_reader()
+    reader.pace.add(len(BODY), 0.05)
+    assert read(reader, store) == BODY
+    assert 1 << 20 <= proxy.exchanges[1].request.first_byte <= 2_600_000
+    assert total(reader, "fetch_resumes") == 1
+
+
+def test_what_keeps_above_the_floor_is_left_alone(store: Store, proxy: FaultProxy) -> None:
+    proxy.rules = [Rule(kind=Kind.DRIP, bytes_per_s=400_000)]
+    reader = new_reader(stall_s=0.4, floor_bytes_per_s=200_000)  # 80 kB at least: below a part
+    for _ in range(2):
+        assert read(reader, store, 0, 600_000) == BODY[:600_000]
+    assert total(reader, "fetch_stalls") == total(reader, "fetch_retries") == 0
+    assert len(proxy.exchanges) == 2
 
 
 def test_breaks_without_end_are_no_obstacle_while_bytes_come(

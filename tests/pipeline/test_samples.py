@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import samples
 from pipeline.errors import StoreError
@@ -60,6 +63,15 @@ def test_a_run_over_shards_with_an_empty_one_between(tmp_path: Path, first: int,
         RawSample(i, keys[i], f"data/00/{i // 5 * 5:06d}.tar", IMAGES[i], labels[i])
         for i in range(first, last + 1)
     ]
+
+
+@given(body=st.binary(max_size=40), data=st.data())
+def test_bytes_are_found_whatever_parts_they_came_in(body: bytes, data: st.DataObject) -> None:
+    place = st.integers(0, len(body))
+    cuts = [0, *sorted(data.draw(st.lists(place, max_size=5))), len(body)]
+    parts = [body[start:end] for start, end in pairwise(cuts)]
+    start, length = data.draw(place), data.draw(st.integers(0, 50))
+    assert samples._Body(parts).copy(start, length) == body[start : start + length]
 
 
 def test_masked_rows_are_not_there_and_a_damaged_mask_is_seen(tmp_path: Path) -> None:

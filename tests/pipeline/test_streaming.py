@@ -13,10 +13,10 @@ from pipeline.augment_device import augment
 from pipeline.crops import CropsConfig, crop_boxes, decode_crops
 from pipeline.decode import guard_header
 from pipeline.errors import DataError, UsageError
-from pipeline.loader import LoaderConfig
+from pipeline.loader import LoaderConfig, MixPart, MultiCropLoader
 from pipeline.store import open_store
 from pipeline.streaming import StreamingLoader
-from tests.support.dataset import pictures
+from tests.support.dataset import pictures, write_dataset
 
 CROPS = CropsConfig(global_size_px=32, local_crops=3, local_size_px=16)
 BATCH = 8
@@ -32,9 +32,9 @@ def write_tars(folder: Path, images: list[bytes], *, count: int = 4) -> str:
 
 
 def open_loader(dataset: str, config: dict | None = None, **arguments) -> StreamingLoader:
-    settings = {"epoch_samples": 3 * BATCH, "shuffle_samples": 16, "seed": 5} | arguments
-    loader_config = LoaderConfig(dataset=dataset, global_batch=BATCH, threads=2, **(config or {}))
-    return StreamingLoader(loader_config, CROPS, AugmentConfig(), **settings)
+    settings = {"epoch_samples": 3 * BATCH, "shuffle_samples": 16, "threads": 2} | (config or {})
+    loader_config = LoaderConfig(dataset=dataset, global_batch=BATCH, **settings)
+    return StreamingLoader(loader_config, CROPS, AugmentConfig(), **({"seed": 5} | arguments))
 
 
 def crops_of(image: bytes, *, epoch: int, slots: np.ndarray) -> list[torch.Tensor]:
@@ -150,27 +150,43 @@ def test_resuming_counts_on_and_says_what_it_cannot_do(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
-    [({"seed": 6}, "seed"), ({"epoch_samples": 80}, "num_samples")],
+    ("config", "seed", "word"), [({}, 6, "seed"), ({"epoch_samples": 80}, 5, "num_samples")]
 )
-def test_a_state_of_another_run_is_refused(tmp_path, arguments, word):
+def test_a_state_of_another_run_is_refused(tmp_path, config, seed, word):
     dataset = write_tars(tmp_path, pictures(8))
     with open_loader(dataset) as loader:
         state = loader.state_dict()
     with pytest.raises(UsageError, match=word):
-        open_loader(dataset, state=state, **arguments)
+        open_loader(dataset, config, state=state, seed=seed)
+
+
+def test_the_state_of_a_packed_data_set_is_refused_and_the_other_way_round(tmp_path):
+    write_dataset(str(tmp_path), pictures(16))
+    packed = LoaderConfig(dataset=str(tmp_path), global_batch=BATCH, lanes=2)
+    kept = MultiCropLoader(packed, CROPS, AugmentConfig(), seed=5).state_dict()
+    tars = write_tars(tmp_path, pictures(8))
+    with pytest.raises(UsageError, match=r"written with a packed data set.*loader\.dataset"):
+        open_loader(tars, state=kept)
+    with open_loader(tars) as loader:
+        streamed = loader.state_dict()
+    with pytest.raises(UsageError, match=r"was streamed.*start a new run"):
+        MultiCropLoader(packed, CROPS, AugmentConfig(), seed=5, state=streamed)
+
+
+def test_only_training_streams_tars(tmp_path):
+    tars = write_tars(tmp_path, pictures(8))
+    for config in (LoaderConfig(dataset=tars), LoaderConfig(mix=(MixPart(dataset=tars),))):
+        with pytest.raises(UsageError, match="shard_tools adopt"):
+            MultiCropLoader(config, CROPS, AugmentConfig(), seed=5)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"epoch_samples": 0}, "loader.epoch_samples is 0"),
-        ({"world_size": 3}, "multiple of 3"),
-    ],
+    ("config", "world_size", "words"),
+    [({"epoch_samples": 0}, 1, "loader.epoch_samples is 0"), ({}, 3, "multiple of 3")],
 )
-def test_sizes_that_do_not_fit_are_refused(tmp_path, arguments, words):
+def test_sizes_that_do_not_fit_are_refused(tmp_path, config, world_size, words):
     with pytest.raises(UsageError, match=words):
-        open_loader(f"{tmp_path}/{{0..7}}.tar", **arguments)
+        open_loader(f"{tmp_path}/{{0..7}}.tar", config, world_size=world_size)
 
 
 def test_nothing_is_left_running(tmp_path):

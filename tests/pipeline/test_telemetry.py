@@ -59,6 +59,24 @@ def test_what_another_has_taken_is_added():
     assert telemetry.take_spans() == [span]
 
 
+def test_no_span_is_lost_to_a_take_meanwhile():
+    """Nor appended to a list that has been handed out, which may be being pickled."""
+    telemetry = Telemetry()
+    spans = [Span("fetch", "worker 0", number, number + 1) for number in range(2)]
+    taken: list[Span] = []
+    taker = threading.Thread(target=lambda: taken.extend(telemetry.take_spans()))
+
+    def taken_from_meanwhile():
+        yield spans[0]
+        taker.start()
+        taker.join(0.1)
+        yield spans[1]
+
+    telemetry.merge({}, taken_from_meanwhile())
+    taker.join()
+    assert taken + telemetry.take_spans() == spans
+
+
 def test_processes_of_a_machine_share_the_clock_of_spans():
     program = "import time; print(time.perf_counter())"
     before = time.perf_counter()

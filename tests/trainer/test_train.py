@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from webdataset import TarWriter
 
+from pipeline.config import load_config
+from pipeline.errors import UsageError
+from pipeline.loader import MultiCropLoader
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
 from tests.support.launch import ROOT, environment, read_metrics, run_module, wait_for
+from trainer.config import Config
+from trainer.distributed import World
 from trainer.fragments import saved_steps
+from trainer.train import _build_queue
 
 SETTINGS = [
     "loader.global_batch=8",
@@ -63,6 +71,29 @@ def test_sigterm_saves_and_leaves_with_3_and_another_order_is_refused(
     assert "Traceback" not in changed.stderr
 
 
+def test_plain_tars_are_trained_on_and_the_run_counts_on(tmp_path: Path) -> None:
+    for tar in range(2):
+        with TarWriter(str(tmp_path / f"{tar}.tar")) as writer:
+            for number, image in enumerate(pictures(12, seed=tar)):
+                writer.write({"__key__": f"{number:04d}", "jpg": image})
+    tars = [f"loader.dataset={tmp_path}/{{0..1}}.tar", "loader.epoch_samples=16"]
+    places = [f"checkpoint.run={tmp_path / 'run'}", f"train.log_dir={tmp_path / 'logs'}"]
+    settings = [*SETTINGS, *tars, *places, "queue.length=8", "queue.start_step=1"]
+    first = run_module("trainer", *settings, "train.epochs=1")
+    assert first.returncode == 0, first.stderr
+    assert "starting of 2: 2 tars of " in first.stderr
+    assert "is streamed as it is, without an index. Lost are" in first.stderr
+    again = run_module("trainer", *settings, "train.epochs=2")
+    assert again.returncode == 0, again.stderr
+    assert "resuming at step 2 of 4: 2 tars of " in again.stderr
+    assert "the data continue at another place" in again.stderr
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    steps = [(record["step"], record["epoch"]) for record in records]
+    assert steps == [(0, 0), (1, 0), (2, 1), (3, 1)]
+    assert all(record["data_wait_s"] > 0 for record in records)
+    assert records[0]["loader/fetch_bytes"] > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: Path) -> None:
     more = ["train.epochs=4", "optim.trust_coefficient=1e30", "schedule.freeze_prototypes_steps=0"]
     more += ["train.log_every_steps=1000", "checkpoint.every_steps=1"]
@@ -80,18 +111,32 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: 
     [
         (2, "train.log_dir=/proc/nowhere", "cannot write logs to train.log_dir=/proc/nowhere"),
         (1, "checkpoint.run=/proc/nowhere", "cannot write checkpoints to file:///proc/nowhere"),
-        (2, "queue.length=4", "queue.length=4 holds no whole global batch of 8"),
-        (2, "queue.length=8 queue.start_epoch=2", "would start at step 10, after the last of"),
     ],
 )
 def test_what_cannot_work_is_told_before_training(
     settings: list[str], code: int, setting: str, words: str
 ) -> None:
-    result = run_module("trainer", *settings, "train.epochs=2", *setting.split())
+    result = run_module("trainer", *settings, "train.epochs=2", setting)
     assert result.returncode == code, result.stderr
     assert words in result.stderr
     assert "Traceback" not in result.stderr
     assert "step 1/" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["queue.length=4"], "queue.length=4 holds no whole global batch of 8"),
+        (["queue.length=8", "queue.start_epoch=2"], "would start at step 10, after the last of"),
+    ],
+)
+def test_a_queue_that_would_never_take_part_is_refused(
+    settings: list[str], changes: list[str], words: str
+) -> None:
+    config = load_config(Config, None, [*settings, "train.epochs=2", *changes])
+    loader = MultiCropLoader(config.loader, config.crops, config.augment, seed=0)
+    with pytest.raises(UsageError, match=words):
+        _build_queue(config, World(0, 0, 1, torch.device("cpu")), loader)
 
 
 def test_a_mistake_of_one_rank_is_told_by_that_rank(settings: list[str]) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 
-from pipeline.usage import cpu_seconds, process_tree, resident_bytes
+from pipeline.processes import cpu_seconds, process_tree, resident_bytes
 
 BURN = "import time\nwhile time.process_time() < {}: pass\nprint(flush=True)\ninput()"
 
