@@ -3,7 +3,8 @@
 Called by the loader's workers. A piece is a run of consecutive samples that one window of one lane
 needs. Pieces are requested in the order in which their samples will be needed, as long as the bytes
 requested, and those arrived and not yet taken, stay within a budget. Reading itself happens on one
-asyncio loop (pipeline.ranges); whoever decodes asks from a thread of its own.
+asyncio loop (pipeline.ranges); whoever decodes asks from a thread of its own. The loop never waits
+for such a thread while that works out which pieces come next.
 """
 
 import threading
@@ -40,7 +41,10 @@ class Prefetcher:
         readers: one for every source.
         pieces: in the order of need; consumed lazily, by whatever thread takes a sample.
         ahead_bytes: of samples requested or held and not yet taken. A sample that is waited for is
-            fetched whatever this says: too little slows a run down but never stops it.
+            fetched whatever this says: too little slows a run down but never stops it. The process
+            takes more: up to one piece by which it is exceeded, the body of the one piece that is
+            being cut into samples, and the holes that freed samples leave. With ranges.
+            READER_ENVIRONMENT that was a quarter of 150 MiB, four fifths with the usual arenas.
         sample_bytes: mean size of a sample of every source, the estimate until a piece has arrived.
     """
 
@@ -60,7 +64,8 @@ class Prefetcher:
         self._waiting: dict[tuple[int, int, int], Future[Samples]] = {}  # sample -> its piece
         self._held_bytes = 0.0
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of the pieces; long, while the next ones are worked out
+        self._counting = threading.Lock()  # of the bytes; the loop, on which all reading waits
 
     def is_here(self, source: int, epoch: int, number: int) -> bool:
         """Whether `take` would return this sample at once."""
@@ -95,7 +100,7 @@ class Prefetcher:
     def _release(self, samples: Samples, number: int) -> RawSample | BadSample:
         sample = samples.pop(number)
         if isinstance(sample, RawSample):
-            self._held_bytes -= len(sample.data)
+            self._count(-len(sample.data))
         self._request_ahead()
         return sample
 
@@ -125,7 +130,7 @@ class Prefetcher:
 
     def _request(self, piece: Piece) -> None:
         estimate = self._sample_bytes[piece.source] * len(piece.needed)
-        self._held_bytes += estimate
+        self._count(estimate)
         fetched = begin(self._fetch(piece, estimate))
         for number in piece.needed:
             self._waiting[piece.source, piece.epoch, number] = fetched
@@ -134,9 +139,12 @@ class Prefetcher:
         samples = await self._readers[piece.source].read_async(piece.first, piece.last)
         needed = {sample.number: sample for sample in samples if sample.number in piece.needed}
         held = sum(len(s.data) for s in needed.values() if isinstance(s, RawSample))
-        with self._lock:
-            self._held_bytes += held - estimate
+        self._count(held - estimate)
         return needed
+
+    def _count(self, more_bytes: float) -> None:
+        with self._counting:
+            self._held_bytes += more_bytes
 
 
 def split_into_pieces(window: Window, chunk: int) -> list[Piece]:

@@ -9,10 +9,11 @@ import random
 from collections import deque
 from time import monotonic
 
-from pipeline.errors import StoreError
+from pipeline.errors import ObjectChangedError, ObjectMissingError, StoreError
 
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 20.0
 _MOST_DOUBLINGS = 7
+_LEAST_DOUBT_S, _MOST_DOUBT_S = 0.1, 0.3  # before it is asked again whether an object is gone
 
 _LATE_QUANTILE, _LATE_FACTOR, _LEAST_LATE_S = 0.95, 1.5, 0.2
 _PACE_SAMPLES, _LEAST_PACE_SAMPLES = 256, 32
@@ -136,24 +137,38 @@ class Patience:
     """How long to wait before the next attempt, and when to give up; for one range.
 
     Pauses double, and are drawn at random from nothing to all of their length ("full jitter"), so
-    that the ranks of a large run do not come back together.
+    that the ranks of a large run do not come back together. That an object is missing or has
+    changed is believed when it is said for the second time; waiting would not bring it back.
     """
 
     def __init__(self, patience_s: float) -> None:
         self.since = math.inf  # the first failure
         self._patience_s = patience_s
+        self._is_gone = False  # the object, as one answer has it
         self.failures = 0  # at most _MOST_DOUBLINGS
+
+    def begin(self, now: float) -> None:
+        """Something has been wrong since then, if not before."""
+        self.since = min(self.since, now)
 
     def left_s(self, now: float) -> float:
         return self.since + self._patience_s - now
 
     def pause_s(self, error: StoreError) -> float:
         """After one more failure. Raises `error` when patience has run out."""
+        if isinstance(error, ObjectMissingError | ObjectChangedError):
+            return self._doubt_s(error)
         now = monotonic()
-        self.since = min(self.since, now)
+        self.begin(now)
         left = self.left_s(now)
         if left <= 0:
             raise error
         pause = min(_FIRST_PAUSE_S * 2**self.failures, _LAST_PAUSE_S)
         self.failures = min(self.failures + 1, _MOST_DOUBLINGS)
         return min(left, random.uniform(0, pause))
+
+    def _doubt_s(self, error: StoreError) -> float:
+        if self._is_gone:
+            raise error
+        self._is_gone = True
+        return random.uniform(_LEAST_DOUBT_S, _MOST_DOUBT_S)

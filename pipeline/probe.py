@@ -3,14 +3,25 @@
 `python -m pipeline.probe` does with the image on its standard input what a worker did with it:
 decode it, whole and at the scale that its crops allow (two ways through libjpeg), cut these crops,
 and end. A worker that takes the place of a dead one asks so about every sample that was in the dead
-one's hands (pipeline.worker); what kills or hangs the probe, too, is a bad sample. Whether it
-decodes to anything is not asked: an orderly refusal harms nobody.
+one's hands (pipeline.worker), one after the other. What crashes the probe, too, or takes more CPU
+time than there is for an image, is a bad sample. Whether it decodes to anything is not asked: an
+orderly refusal harms nobody.
+
+To condemn a sample changes the batches, so only what the image alone can have caused counts. Any
+other end says as much about the machine (SIGKILL is what the kernel sends when memory is short, and
+wall time passes quickly on a busy machine): the probe is repeated once, and then the image passes.
 """
 
+import ctypes
 import json
+import math
 import os
+import resource
+import selectors
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,6 +35,17 @@ from pipeline.errors import SampleError
 
 DIED, HUNG = "decoder died", "decoder hung"
 READY = b"+"
+
+_CRASHES = frozenset(
+    (
+        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE),
+        *(signal.SIGABRT, signal.SIGTRAP),
+    )
+)
+_START_LIMIT_S = 120.0  # to import what it needs, on a slow file system too
+_WALL_TIMES = 4  # the limit of CPU time: so long may it take on a busy machine
+_GRACE_S = 5  # between the kernel's request to end and its kill
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +87,97 @@ class Trial:
 
 
 def probe(data: bytes, trial: Trial, *, limit_s: float) -> str | None:
-    """Try it with an image in a child process. Returns why not to do it here, or None."""
-    return run_probe([sys.executable, "-P", "-m", __name__, trial.to_json()], data, limit_s)
+    """Try it with an image in a child process. Returns why not to do it here, or None.
+
+    The limit is of CPU time. Call it from a thread that lives on: the child ends with it.
+    """
+    arguments = [str(os.getpid()), str(limit_s), trial.to_json()]
+    return run_probe([sys.executable, "-P", "-m", __name__, *arguments], data, limit_s)
 
 
 def run_probe(command: list[str], data: bytes, limit_s: float) -> str | None:
     """What a command shows of `data` by how it ends: DIED or HUNG and how, or None.
 
-    The command writes a byte when it is ready to read: the limit is for what follows.
+    The command confines itself, writes a byte when it is ready, and reads.
     """
+    for _ in range(2):
+        reason, is_certain = _judge(command, data, limit_s)
+        if is_certain:
+            break
+    return reason
+
+
+def confine(parent: int, limit_s: float) -> None:
+    """Let this process end with its parent, by signals, and after so much more of CPU time."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGXCPU):  # a worker ignores the first two
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it ended before we asked
+            os._exit(1)
+    end_s = math.ceil(time.process_time() + limit_s)
+    _, most_s = resource.getrlimit(resource.RLIMIT_CPU)
+    if most_s == resource.RLIM_INFINITY or most_s > end_s + _GRACE_S:
+        most_s = end_s + _GRACE_S
+    resource.setrlimit(resource.RLIMIT_CPU, (min(end_s, most_s), most_s))
+
+
+def _judge(command: list[str], data: bytes, limit_s: float) -> tuple[str | None, bool]:
+    """What one run of a probe shows, and whether another could show anything else."""
+    before_s = _children_cpu_s()
+    code = _run(command, data, limit_s)
+    if code == 0:
+        return None, True
+    if code is not None and -code in _CRASHES:
+        return f"{DIED}: {signal.Signals(-code).name}", True
+    has_used_it_up = code is None and _children_cpu_s() - before_s > limit_s
+    if has_used_it_up or code == -signal.SIGXCPU:
+        return f"{HUNG}: no end within {limit_s:g} s of CPU time", True
+    return None, False
+
+
+def _run(command: list[str], data: bytes, limit_s: float) -> int | None:
+    """The exit code of a probe; None for one that had to be ended."""
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
-        assert child.stdout is not None
-        child.stdout.read(1)
         try:
-            child.communicate(data, limit_s)
+            _wait_until_ready(child)
+            child.communicate(data, _WALL_TIMES * limit_s)
         except subprocess.TimeoutExpired:
             child.kill()
-            return f"{HUNG}: no end within {limit_s:g} s"
-    if child.returncode < 0:
-        return f"{DIED}: signal {-child.returncode}"
-    return f"{DIED}: exit code {child.returncode}" if child.returncode else None
+            return None
+        except BaseException:
+            child.kill()
+            raise
+    return child.returncode
+
+
+def _wait_until_ready(child: "subprocess.Popen[bytes]") -> None:
+    """Until its first byte, or its end. Raises subprocess.TimeoutExpired."""
+    assert child.stdout is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(child.stdout, selectors.EVENT_READ)
+        if not selector.select(_START_LIMIT_S):
+            raise subprocess.TimeoutExpired(child.args, _START_LIMIT_S)
+    child.stdout.read(1)
+
+
+def _children_cpu_s() -> float:
+    """CPU time of all children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:
-    """Try what `sys.argv[1]` says with standard input."""
-    trial = Trial.from_json(sys.argv[1])
+    """Try what the last argument says with standard input. The others: of `confine`."""
+    parent, limit_s, trial = sys.argv[1:]
     resize.warm_up()
+    confine(int(parent), float(limit_s))
     os.write(sys.stdout.fileno(), READY)
     data = sys.stdin.buffer.read()
     with suppress(SampleError):
-        trial.run(data)
+        Trial.from_json(trial).run(data)
 
 
 if __name__ == "__main__":

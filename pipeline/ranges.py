@@ -19,8 +19,11 @@ and is done when its last byte is there:
 - Between two attempts there are pauses, which double and are drawn at random (pipeline.pacing).
 
 All reading of a process happens on one asyncio loop in one thread (`fetch_loop`): hundreds of
-requests cost no threads, and what follows needs no locks. Missing or changed objects and denied
-access are told at once; everything else is waited for, for `patience_s` without a byte.
+requests cost no threads, and what follows needs no locks. Denied access is told at once; that an
+object is missing or has changed counts once a second request says so too, since something on the
+way may have said it; everything else is waited for, for `patience_s` without a byte. So is a file
+whose disk or mount does not answer: the thread that reads it cannot be ended, but nobody waits for
+it any longer.
 """
 
 import asyncio
@@ -37,13 +40,7 @@ from typing import Annotated, Any, TypeVar
 from annotated_types import Ge, Gt, Le
 
 from pipeline.cache import RangeCache
-from pipeline.errors import (
-    AccessDeniedError,
-    ObjectChangedError,
-    ObjectMissingError,
-    StoreError,
-    ThrottledError,
-)
+from pipeline.errors import AccessDeniedError, StoreError, ThrottledError
 from pipeline.pacing import HedgeBudget, Limiter, Pace, Patience
 from pipeline.store import Store
 from pipeline.telemetry import Telemetry
@@ -59,8 +56,6 @@ _TICK_S = 0.1  # between two looks at a request's pace
 _PART_SHARE = 1 / 16  # of stall_s: how often a request should be heard of
 _MOST_PART_BYTES = 1 << 20
 _QUIET_S = 5.0  # of failures before anybody is told, and between two messages
-
-_FINAL = (AccessDeniedError, ObjectMissingError, ObjectChangedError)
 
 _log = logging.getLogger(__name__)
 _starting = threading.Lock()
@@ -129,8 +124,9 @@ class RangeReader:
     ) -> bytes:
         """Exactly `length_bytes` bytes from `start_bytes` on.
 
-        Raises AccessDeniedError, ObjectMissingError, ObjectChangedError (also of an object that is
-        shorter) at once; StoreError after `patience_s` without a byte, or because of `close`.
+        Raises AccessDeniedError at once, ObjectMissingError and ObjectChangedError (also of an
+        object that is shorter) at the second such answer, StoreError after `patience_s` without a
+        byte, or because of `close`.
         """
         parts = await self.read_parts(store, key, start_bytes, length_bytes, tag=tag)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -179,15 +175,15 @@ class RangeReader:
             before = wanted.missing_bytes
             try:
                 async with self.limiter:
-                    await attempt(wanted, self.config.stall_s * 2**patience.failures)
-            except _FINAL:
+                    await attempt(wanted, patience)
+            except AccessDeniedError:
                 raise
             except StoreError as error:
                 if wanted.missing_bytes < before:
                     patience = Patience(self.config.patience_s)
+                pause_s = patience.pause_s(error)
                 self._count_failure(wanted)
                 wanted.part_bytes = 1
-                pause_s = patience.pause_s(error)
                 self._tell(error, patience)
                 await asyncio.sleep(pause_s)
         self.limiter.succeeded()
@@ -195,19 +191,34 @@ class RangeReader:
         self.telemetry.add(fetch_bytes=wanted.length_bytes)
         return wanted.parts
 
-    async def _copy(self, wanted: "_Range", _: float) -> None:
-        """A file's range: disks neither stall nor profit from a second reader."""
+    async def _copy(self, wanted: "_Range", patience: Patience) -> None:
+        """A file's range: there is nothing to gain from asking a disk twice."""
         request = _Request(self, wanted)
         try:
-            await request.task
+            await self._outwait(request, wanted, patience)
         finally:
             request.task.cancel()
             self.telemetry.record("fetch_s", request.started, perf_counter())
         wanted.append(request)
         request.check()
 
-    async def _race(self, wanted: "_Range", stall_s: float) -> None:
-        race = _Race(self, wanted, stall_s)
+    async def _outwait(self, request: "_Request", wanted: "_Range", patience: Patience) -> None:
+        """Wait for a request, and say so; raise StoreError once patience has run out."""
+        began = monotonic()
+        look_s = min(_QUIET_S, max(self.config.stall_s, self.config.patience_s))
+        while not (await asyncio.wait([request.task], timeout=look_s))[0]:
+            now = monotonic()
+            patience.begin(began)
+            error = StoreError(
+                f"cannot read {wanted.url}: its file system has not answered for {now - began:.0f} "
+                "s; check the disk or the mount"
+            )
+            if patience.left_s(now) <= 0:
+                raise error
+            self._tell(error, patience)
+
+    async def _race(self, wanted: "_Range", patience: Patience) -> None:
+        race = _Race(self, wanted, self.config.stall_s * 2**patience.failures)
         try:
             await race.run()
         finally:
@@ -350,7 +361,7 @@ class _Race:
     def _finish(self, request: _Request) -> None:
         try:
             request.check()
-        except _FINAL:
+        except AccessDeniedError:
             raise
         except ThrottledError as error:
             self._reader.limiter.throttled()

@@ -23,9 +23,13 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.errors import UsageError
+
 UInt8 = NDArray[np.uint8]
 
 _PAGE_BYTES = mmap.PAGESIZE
+INTERPRETER, FETCH_LOOP = range(2)  # parts of a worker that can get stuck, each with its beat
+_NUM_BEATS = 2
 _NOTHING = -1  # in place of a sample's number
 _CELL_BYTES = np.dtype(np.int64).itemsize
 
@@ -53,8 +57,8 @@ class RingLayout:
 
     @property
     def pulse_cells(self) -> int:
-        """A worker's heartbeat, then two cells for each of its threads."""
-        return 1 + 2 * self.threads
+        """A worker's heartbeats, then two cells for each of its decoding threads."""
+        return _NUM_BEATS + 2 * self.threads
 
     @property
     def size_bytes(self) -> int:
@@ -73,14 +77,18 @@ class Ring:
 
     @classmethod
     def create(cls, layout: RingLayout) -> Self:
-        """Allocate a ring of zeros. Raises OSError where the machine has no memory for it."""
+        """Allocate a ring of zeros, all of it. Raises UsageError where there is no room for it."""
         fd = _anonymous_file()
         try:
-            os.ftruncate(fd, layout.size_bytes)
+            _allocate(fd, layout.size_bytes)
             return cls(layout, fd)
-        except BaseException:
+        except OSError as error:
             os.close(fd)
-            raise
+            raise UsageError(
+                f"no room for {layout.size_bytes / 2**20:.0f} MiB that the loader shares with its "
+                f"workers, {layout.num_slots} batches of {layout.slot_bytes / 2**20:.0f} MiB "
+                f"({error.strerror}): lower loader.prefetch_batches or loader.global_batch"
+            ) from error
 
     @property
     def slots(self) -> UInt8:
@@ -125,17 +133,18 @@ class Pulse:
     """
 
     def __init__(self, cells: NDArray[np.int64]) -> None:
-        self._beat = cells[:1]
-        self._numbers = cells[1::2]
-        self._since = cells[2::2]
+        self._beats = cells[:_NUM_BEATS]
+        self._numbers = cells[_NUM_BEATS::2]
+        self._since = cells[_NUM_BEATS + 1 :: 2]
 
     def clear(self) -> None:
         """No life yet, empty hands."""
-        self._beat[0] = 0
+        self._beats[:] = 0
         self._numbers[:] = _NOTHING
 
-    def beat(self) -> None:
-        self._beat[0] = time.monotonic_ns()
+    def beat(self, part: int) -> None:
+        """Show that a part of the worker runs: INTERPRETER or FETCH_LOOP."""
+        self._beats[part] = time.monotonic_ns()
 
     @contextmanager
     def holding(self, thread: int, number: int) -> Iterator[None]:
@@ -148,8 +157,8 @@ class Pulse:
             self._numbers[thread] = _NOTHING
 
     def beat_age_s(self) -> float | None:
-        """Seconds since the last beat; None before the first."""
-        beat = int(self._beat[0])
+        """Seconds since all parts have beaten; None before each has."""
+        beat = int(self._beats.min())
         return _age_s(beat) if beat else None
 
     def in_hand(self) -> list[InHand]:
@@ -164,6 +173,14 @@ def _anonymous_file() -> int:
     fd, path = tempfile.mkstemp(prefix="cropstream-ring-")
     Path(path).unlink()
     return fd
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    """Now: memory that is missing later, when a page is first touched, is a SIGBUS."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size_bytes)
+    else:
+        os.ftruncate(fd, size_bytes)
 
 
 def _whole_pages(size_bytes: int) -> int:

@@ -8,20 +8,24 @@ before anybody decodes it, whether it came from a store or from the disk cache.
 A difference may have come about on the way, so what does not fit is fetched once more before it
 counts. A damaged sample or shard is no exception here but a `BadSample`: the loader decides what
 replaces it. A store out of reach is an error: what is trained on never depends on the network.
+
+An index may have come from elsewhere (an adopted shard), so it is not believed either: nothing is
+asked for that lies outside the shard, is larger than what would be decoded, or between two samples
+that are far apart.
 """
 
 import asyncio
 import hashlib
-from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.decode import MAX_BYTES, TOO_LARGE
 from pipeline.errors import DataError, ObjectChangedError, ObjectMissingError
 from pipeline.manifest import Snapshot
 from pipeline.ranges import FetchConfig, RangeReader, begin
@@ -30,6 +34,7 @@ from pipeline.store import Store, resolve
 from pipeline.telemetry import Telemetry
 
 _INDEX_CACHE_BYTES = 128 << 20  # some 50 bytes a row: a thousand shards of 2,500 images
+_MOST_GAP_BYTES = 8 << 20  # between two samples of a request; more of it would take longer than two
 
 # The data is at fault, not the way to it: these samples are replaced and the run goes on.
 _BAD_DATA = (DataError, ObjectMissingError, ObjectChangedError)
@@ -68,11 +73,30 @@ class _Rows:
     crc32c: NDArray[np.int64]
     key: pa.Array
     label: pa.Array
+    is_usable: NDArray[np.bool_]
+    breaks: NDArray[np.int64]  # rows that do not belong to the same request as the one before
 
     @property
     def size_bytes(self) -> int:
-        arrays = (self.offset, self.length, self.crc32c, self.key, self.label)
+        arrays = (self.offset, self.length, self.crc32c, self.key, self.label, self.is_usable)
         return sum(int(array.nbytes) for array in arrays)
+
+    def runs(self, start: int, stop: int) -> list["_Run"]:
+        """Rows start … stop - 1, in as many requests as they take."""
+        inner = self.breaks[(self.breaks > start) & (self.breaks < stop)].tolist()
+        return [_Run(self, *each) for each in pairwise([start, *inner, stop])]
+
+    def why_bad(self, row: int) -> str:
+        """What is wrong with a row whose bytes were not found."""
+        offset, length = int(self.offset[row]), int(self.length[row])
+        if self.is_usable[row]:
+            return "checksum differs"
+        if length > MAX_BYTES:
+            return f"{TOO_LARGE}: {length} bytes, allowed are {MAX_BYTES}"
+        return (
+            f"the index places {length} bytes at {offset}, which is outside the shard or in the "
+            "sample before; adopt or pack it again"
+        )
 
 
 class SampleReader:
@@ -133,17 +157,21 @@ class SampleReader:
             first, shard = max(first, stop), shard + 1
 
     async def _read_rows(self, shard: int, start: int, stop: int) -> list[RawSample | BadSample]:
+        number = int(self._snapshot.first_row[shard])
         try:
             rows = await self._indexes.get(shard, self._load_rows)
-            run = _Run(rows, start, stop)
-            data = await self._read_run(shard, run)
+            runs = rows.runs(start, stop)
+            data = [await self._read_run(shard, run) for run in runs]
         except _BAD_DATA as error:
-            url, number = self._snapshot.tar[shard], int(self._snapshot.first_row[shard])
+            url = self._snapshot.tar[shard]
             return [BadSample(number + i, "", url, str(error)) for i in range(start, stop)]
-        return run.samples(data, int(self._snapshot.first_row[shard]) + start)
+        found = zip(runs, data, strict=True)
+        return [s for run, each in found for s in run.samples(each, number + run.start)]
 
     async def _read_run(self, shard: int, run: "_Run") -> list[bytes | None]:
         """The bytes of every sample of a run, None where they are damaged."""
+        if not run.is_usable:
+            return [None]
         content, cache = self._snapshot.tar_hash[shard], self.ranges.cache
         if cache is not None:
             cached = await asyncio.to_thread(cache.get, content, run.begin, run.num_bytes)
@@ -153,11 +181,12 @@ class SampleReader:
                     return data
                 cache.remove(content, run.begin, run.num_bytes)
         parts = await self._read_parts(shard, run)
+        whole = b"" if cache is None else b"".join(parts)
         data = run.cut(parts)
         if None in data:
             return await self._read_again(shard, run, data)
         if cache is not None:
-            await asyncio.to_thread(cache.put, content, run.begin, b"".join(parts))
+            await asyncio.to_thread(cache.put, content, run.begin, whole)
         return data
 
     async def _read_again(
@@ -197,11 +226,16 @@ class SampleReader:
             )
         url = self._snapshot.tar[shard]
         store, name = resolve(self._dataset, url)
-        numbers = {c: rows[c].to_numpy().astype(np.int64) for c in ("offset", "length", "crc32c")}
+        numbers = {c: _numbers(rows[c]) for c in ("offset", "length", "crc32c")}
+        offset, length = numbers["offset"], numbers["length"]
+        is_usable = _find_usable(offset, length, int(self._snapshot.tar_bytes[shard]))
+        breaks = _find_breaks(offset, length, is_usable)
         has_labels = "label" in rows.column_names
         labels = rows["label"].combine_chunks() if has_labels else pa.nulls(len(rows))
         keys = rows["key"].combine_chunks()
-        return _Rows(store, name, url, **numbers, key=keys, label=labels)
+        return _Rows(
+            store, name, url, **numbers, key=keys, label=labels, is_usable=is_usable, breaks=breaks
+        )
 
     async def _read_mask(self, shard: int) -> bytes | None:
         name, sha256 = self._snapshot.mask[shard], self._snapshot.mask_sha256[shard]
@@ -226,11 +260,40 @@ class SampleReader:
         return await self.ranges.read(store, key, 0, size, tag=tag)
 
 
+def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """A column of an index, -1 where it says nothing."""
+    numbers: NDArray[np.int64] = column.cast(pa.int64()).fill_null(-1).to_numpy()
+    return numbers
+
+
+def _find_usable(
+    offset: NDArray[np.int64], length: NDArray[np.int64], tar_bytes: int
+) -> NDArray[np.bool_]:
+    """Which rows lie in the tar behind the one before, and are no larger than what is decoded."""
+    has_size = (length >= 0) & (length <= MAX_BYTES)
+    is_inside = has_size & (offset >= 0) & (offset <= tar_bytes - np.where(has_size, length, 0))
+    ends = np.maximum.accumulate(np.where(is_inside, offset + length, 0))
+    is_inside[1:] &= offset[1:] >= ends[:-1]
+    return is_inside
+
+
+def _find_breaks(
+    offset: NDArray[np.int64], length: NDArray[np.int64], is_usable: NDArray[np.bool_]
+) -> NDArray[np.int64]:
+    """Rows before which a request ends: of two, one is not usable or they are far apart."""
+    far = offset[1:] - (offset[:-1] + length[:-1]) > _MOST_GAP_BYTES
+    return np.flatnonzero(far | ~(is_usable[1:] & is_usable[:-1])) + 1
+
+
 class _Run:
-    """Consecutive rows of one shard, and the range of bytes from the first to the last."""
+    """Consecutive rows of one shard, and the range of bytes from the first to the last.
+
+    A row that is not usable makes a run of its own, which must not be read.
+    """
 
     def __init__(self, rows: _Rows, start: int, stop: int) -> None:
         self.rows, self.start, self._stop = rows, start, stop
+        self.is_usable = bool(rows.is_usable[start])
         self._offsets: list[int] = rows.offset[start:stop].tolist()
         self._lengths: list[int] = rows.length[start:stop].tolist()
         self._crcs: list[int] = rows.crc32c[start:stop].tolist()
@@ -241,7 +304,7 @@ class _Run:
         """Every sample's bytes, None where their CRC32C is not the recorded one.
 
         Copies, each byte once: views would hold the parts until the last of their samples is used,
-        which is a window later.
+        which is a window later. `parts` is emptied on the way, so that nothing is held twice.
         """
         body = _Body(parts)
         data: list[bytes | None] = []
@@ -256,7 +319,7 @@ class _Run:
         keys = self.rows.key[part].to_pylist()
         labels = self.rows.label[part].to_pylist()
         return [
-            BadSample(number + i, key, url, "checksum differs")
+            BadSample(number + i, key, url, self.rows.why_bad(self.start + i))
             if found is None
             else RawSample(number + i, key, url, found, label)
             for i, (found, key, label) in enumerate(zip(data, keys, labels, strict=True))
@@ -264,22 +327,29 @@ class _Run:
 
 
 class _Body:
-    """Bytes that lie in several parts."""
+    """Bytes that come in several parts, read from start to end; `parts` is emptied."""
 
     def __init__(self, parts: list[bytes]) -> None:
-        self._parts = parts or [b""]
-        self._starts = [0, *accumulate(map(len, self._parts[:-1]))]
+        self._coming = parts
+        self._coming.reverse()
+        self._part = parts.pop() if parts else b""
+        self._origin = 0  # where the part begins
 
     def copy(self, start: int, length: int) -> bytes:
-        """So many bytes from `start` on, or what there is of them."""
+        """So many bytes from `start` on, or what there is of them; no start before an earlier end.
+
+        Parts before `start` are forgotten.
+        """
         end = start + length
-        first = max(0, bisect_right(self._starts, start) - 1)
-        part, origin = self._parts[first], self._starts[first]
-        if end - origin <= len(part):
-            return part[start - origin : end - origin]
-        last = bisect_left(self._starts, end)
-        within = zip(self._parts[first:last], self._starts[first:last], strict=True)
-        return b"".join(part[max(0, start - origin) : end - origin] for part, origin in within)
+        pieces = [self._within(start, end)]
+        while self._origin + len(self._part) < end and self._coming:
+            self._origin += len(self._part)
+            self._part = self._coming.pop()
+            pieces.append(self._within(start, end))
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _within(self, start: int, end: int) -> bytes:
+        return self._part[max(0, start - self._origin) : max(0, end - self._origin)]
 
 
 LoadRows = Callable[[int], Awaitable[_Rows]]

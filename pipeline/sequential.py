@@ -1,9 +1,15 @@
-"""Every image of a data set once, in the order of the shards: what evaluation and features read."""
+"""Every image of a data set once, in the order of the shards: what evaluation and features read.
+
+Images are decoded here, in threads of the process that asks, not in workers that may die: one that
+kills or hangs its decoder ends the evaluation. Those that the run's quarantine says did so in
+training are left out.
+"""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +20,11 @@ from pipeline.augment_device import normalize
 from pipeline.crops import decode_crops
 from pipeline.decode import guard_header
 from pipeline.errors import SampleError
+from pipeline.fetch import FetchConfig
 from pipeline.loader import LoaderConfig
 from pipeline.manifest import read_snapshot
-from pipeline.samples import BadSample, RawSample, SampleReader
+from pipeline.probe import DIED, HUNG
+from pipeline.samples import BadSample, RawSample, SampleReader, resolve_url
 from pipeline.store import Store, open_store
 from pipeline.telemetry import Telemetry
 
@@ -38,6 +46,9 @@ class SequentialLoader:
     An image is resized so that its shorter side is size_px * 256 / 224 and its centre is cut out
     (Resize 256, CenterCrop 224 of the reference's eval_linear.py). Chunks are dealt to the ranks
     in turn. Samples that cannot be used are left out and counted in `telemetry` as `bad_samples`.
+
+    Args:
+        quarantine: what a run has found; of this, what killed or hung its decoder counts as bad.
     """
 
     def __init__(
@@ -47,6 +58,8 @@ class SequentialLoader:
         *,
         size_px: int,
         batch_size: int,
+        fetch: FetchConfig = FetchConfig(),  # noqa: B008 - frozen
+        quarantine: Iterable[Mapping[str, Any]] = (),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -54,14 +67,20 @@ class SequentialLoader:
         self.augmentation = augmentation
         self.size_px = size_px
         self.batch_size = batch_size
+        self.fetch = fetch
         self.rank = rank
         self.world_size = world_size
         self.telemetry = Telemetry()
         self.store: Store = open_store(config.dataset)
         self.snapshot = read_snapshot(self.store, config.version or None)
+        self._deadly = {
+            (entry["shard"], entry["key"])
+            for entry in quarantine
+            if entry["reason"].startswith((DIED, HUNG))
+        }
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        reader = SampleReader(self.store, self.snapshot, self.telemetry)
+        reader = SampleReader(self.store, self.snapshot, self.telemetry, fetch=self.fetch)
         threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="evaluate")
         ahead: deque[Future[EvaluationBatch | None]] = deque()
         try:
@@ -94,7 +113,7 @@ class SequentialLoader:
 
     def _cut(self, sample: RawSample | BadSample) -> NDArray[np.uint8] | None:
         """uint8 [size_px, size_px, 3], None of a sample that cannot be used."""
-        if isinstance(sample, BadSample):
+        if isinstance(sample, BadSample) or self._is_deadly(sample):
             return None
         limits = {"max_pixels": self.config.max_image_pixels, "max_bytes": len(sample.data)}
         out = np.empty((1, self.size_px, self.size_px, 3), dtype=np.uint8)
@@ -105,6 +124,9 @@ class SequentialLoader:
         except SampleError:
             return None
         return np.asarray(out[0])
+
+    def _is_deadly(self, sample: RawSample) -> bool:
+        return (resolve_url(self.store, sample.shard), sample.key) in self._deadly
 
 
 def central_box(width_px: int, height_px: int) -> NDArray[np.int32]:

@@ -29,11 +29,11 @@ from pipeline.errors import DataError, SampleError
 from pipeline.fetch import FetchConfig, Piece, Prefetcher
 from pipeline.loader import Batch, CutBatch, LoaderConfig, MultiCropLoader
 from pipeline.manifest import Snapshot
+from pipeline.processes import cpu_seconds, resident_bytes
 from pipeline.samples import RawSample, SampleReader
 from pipeline.store import Store
 from pipeline.telemetry import Span, Telemetry
 from pipeline.timeline import HandedOver
-from pipeline.processes import cpu_seconds, resident_bytes
 
 Uint8 = NDArray[np.uint8]
 T = TypeVar("T")

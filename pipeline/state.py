@@ -2,7 +2,8 @@
 
 Called by the loader before it resumes. A state (`MultiCropLoader.state_dict`) holds the position
 and everything that the order of samples depends on, as it was resolved at first launch; a setting
-that says otherwise would silently train on other batches, so it is an error that names it.
+that says otherwise would silently train on other batches, so it is an error that names it. A data
+set is known by the attempt that committed its snapshot, which a copy elsewhere keeps.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,13 @@ from pipeline.errors import UsageError
 
 State = Mapping[str, Any]
 
-_NO_SETTINGS = ("epoch", "step", "sources")
+_KEYS = ("seed", "epoch", "step", "global_batch", "lanes", "sources")
+_SOURCE_KEYS = (
+    *("dataset", "attempt", "version"),
+    *("num_samples", "chunk", "window", "weight"),
+)
+_NO_SETTINGS = ("epoch", "step", "sources", "dataset", "attempt")
+_MAY_BE_OPEN = ("lanes", "chunk", "window", "version")  # 0 leaves the choice to the state
 
 
 def check_form(state: State, num_sources: int) -> None:
@@ -22,10 +29,14 @@ def check_form(state: State, num_sources: int) -> None:
             f"the checkpoint was written while {state['streamed']} was streamed, which is no place "
             f"in a packed data set's order; start a new run under another checkpoint.run"
         )
-    if "sources" not in state:
+    missing = [name for name in _KEYS if name not in state]
+    for source in state.get("sources", ()):
+        missing += [f"{name} of sources" for name in _SOURCE_KEYS if name not in source]
+    if missing:
         raise UsageError(
-            "the checkpoint is of a version of cropstream that wrote the loader's state otherwise; "
-            "resume it with that version, or start a new run under another checkpoint.run"
+            "the checkpoint is of a version of cropstream that wrote the loader's state otherwise, "
+            f"without {', '.join(dict.fromkeys(missing))}; resume it with that version, or start "
+            "a new run under another checkpoint.run"
         )
     if num_sources != len(state["sources"]):
         raise UsageError(
@@ -36,19 +47,36 @@ def check_form(state: State, num_sources: int) -> None:
 
 
 def check_settings(mine: State, state: State) -> None:
-    """Raise UsageError for what `mine` says, other than 0, and the state does not."""
-    for name in (name for name in mine if name not in _NO_SETTINGS):
-        _check("train.seed" if name == "seed" else f"loader.{name}", mine[name], state[name])
+    """Raise UsageError for what `mine` says and the state does not.
+
+    `mine` may lack what is not known yet; its lanes, chunk, window and version may be 0, for open.
+    """
+    _check(mine, state, {"seed": "train.seed"})
     several = len(mine["sources"]) > 1
     for number, (my, its) in enumerate(zip(mine["sources"], state["sources"], strict=True)):
-        for name, value in my.items():
-            whose = several and name not in ("chunk", "window")
-            _check(f"loader.mix[{number}].{name}" if whose else f"loader.{name}", value, its[name])
+        part = f"loader.mix[{number}]" if several else "loader"
+        if "attempt" in my:
+            _check_data_set(f"{part}.dataset", my, its)
+        _check(my, its, {name: f"{part}.{name}" for name in ("version", "num_samples", "weight")})
 
 
-def _check(setting: str, asked: float, written: float) -> None:
-    if asked and asked != written:
+def _check(mine: State, state: State, settings: Mapping[str, str]) -> None:
+    """Compare what are settings. `settings`: those that are not called loader.name."""
+    for name, asked in mine.items():
+        is_open = name in _MAY_BE_OPEN and not asked
+        if name not in _NO_SETTINGS and not is_open and asked != state[name]:
+            raise UsageError(
+                f"{settings.get(name, f'loader.{name}')} is {asked}, but the checkpoint was "
+                f"written with {state[name]}; set it back, or start a new run under another "
+                f"checkpoint.run"
+            )
+
+
+def _check_data_set(setting: str, mine: State, its: State) -> None:
+    if mine["attempt"] != its["attempt"]:
         raise UsageError(
-            f"{setting} is {asked}, but the checkpoint was written with {written}; set it back, or "
-            f"start a new run under another checkpoint.run"
+            f"{setting} is {mine['dataset']}, but the checkpoint was written with another data set, "
+            f"then {its['dataset']}: version {mine['version']} of yours was committed as "
+            f"{mine['attempt']}, of that one as {its['attempt']}; set it back (or to a copy of it), "
+            f"or start a new run under another checkpoint.run"
         )

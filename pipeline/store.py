@@ -20,10 +20,13 @@ import functools
 import os
 import re
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 PART_BYTES = 8 * 2**20  # S3 takes at most 10,000 parts: objects up to 80 GB
 _FILE_PART_BYTES = 2 * 2**20  # of a local file: written while they are in the processor's cache
 PARTS_IN_FLIGHT = 4
+_FILE_THREADS = 32
 SHORT_BODY_ATTEMPTS = 3
 _JUMP_BYTES = 64 * 2**10  # fetched first behind bytes that were passed over
 
@@ -204,7 +208,8 @@ class Store:
         if self._open_streams is None:
             path = f"/{self._path(key)}"
             with self._translated("read", key):
-                size, body = await asyncio.to_thread(_read_part, path, start_bytes, length_bytes)
+                job = _FileJob(path, start_bytes, length_bytes)
+                size, body = await asyncio.wrap_future(_file_threads().submit(job))
             self._check_reach(key, start_bytes + length_bytes, size)
             yield body
             return
@@ -707,13 +712,57 @@ def _open_bucket(
     )
 
 
-def _read_part(path: str, start_bytes: int, length_bytes: int) -> tuple[int, bytes]:
-    """The size of a file, and a range of it, which may end early."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return os.fstat(file).st_size, os.pread(file, length_bytes, start_bytes)
-    finally:
-        os.close(file)
+class _FileJob:
+    """To read a range of a file; `done` is the file's size and the bytes, which may end early."""
+
+    def __init__(self, path: str, start_bytes: int, length_bytes: int) -> None:
+        self._path, self._start_bytes, self._length_bytes = path, start_bytes, length_bytes
+        self.done: Future[tuple[int, bytes]] = Future()
+
+    def run(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            self.done.set_result(self._read())
+        except (OSError, ValueError, MemoryError) as error:  # a name with a zero is a ValueError
+            self.done.set_exception(error)
+
+    def _read(self) -> tuple[int, bytes]:
+        file = os.open(self._path, os.O_RDONLY)
+        try:
+            return os.fstat(file).st_size, os.pread(file, self._length_bytes, self._start_bytes)
+        finally:
+            os.close(file)
+
+
+class _FileThreads:
+    """Read files, on threads that end with the process.
+
+    Not asyncio.to_thread: at its exit the interpreter waits for those, for ever if one of them
+    waits for a mount that hangs.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[_FileJob] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+        self._num_threads = 0
+
+    def submit(self, job: _FileJob) -> "Future[tuple[int, bytes]]":
+        self._jobs.put(job)
+        if not self._idle.acquire(blocking=False) and self._num_threads < _FILE_THREADS:
+            self._num_threads += 1
+            threading.Thread(target=self._work, name="file", daemon=True).start()
+        return job.done
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get().run()
+            self._idle.release()
+
+
+@functools.cache
+def _file_threads() -> _FileThreads:
+    return _FileThreads()
 
 
 @dataclass(frozen=True)

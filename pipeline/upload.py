@@ -2,11 +2,12 @@
 
 Called by pipeline.loader. The ring's memory is registered with the driver, page-locked, so a copy
 out of it needs neither a second copy on the host nor anybody's waiting: it runs on a stream of its
-own, and only the kernels that use the crops wait for it. Where registering fails (a container's
-limit of locked memory) copies are slower and the host waits for them; that is said once.
+own, and only the kernels that use the crops wait for it. Where registering fails copies are slower
+and the host waits for them; that is said once.
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -68,6 +69,7 @@ class Uploader:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._busy: deque[Upload] = deque()
         self._memory = memory  # keeps it mapped
+        self._pid = os.getpid()
         self._registered = self._register(memory.nbytes)
 
     def upload(self, blocks: Sequence[NDArray[np.uint8]]) -> Upload:
@@ -99,11 +101,18 @@ class Uploader:
         return len(self._busy)
 
     def close(self) -> None:
-        """Wait for all copies and give the memory back to the driver."""
-        self.num_busy(at_most=0)
-        if self._registered:
-            _cudart().cudaHostUnregister(self._address)
-            self._registered = False
+        """Wait for all copies and give the memory back to the driver; more than once is no error.
+
+        In a process that was forked off it does nothing: the device is not that one's.
+        """
+        if os.getpid() != self._pid:
+            return
+        try:
+            self.num_busy(at_most=0)
+        finally:
+            if self._registered:
+                self._registered = False
+                _cudart().cudaHostUnregister(self._address)
 
     @property
     def _address(self) -> int:
@@ -122,10 +131,11 @@ class Uploader:
         with suppress(RuntimeError):  # the next kernel would be blamed for it
             torch.zeros(1, device=self._device)
         _log.warning(
-            "the loader's %d MiB of shared memory cannot be locked for CUDA (error %d): copies to "
-            "the device are made by waiting for them; raise the limit of locked memory (ulimit -l)",
+            "CUDA cannot lock the loader's %d MiB of shared memory (cudaHostRegister: error %d, "
+            "%s): copies to the device are slower, and the training loop waits for them",
             size_bytes >> 20,
             int(error),
+            _cudart().cudaGetErrorString(error),
         )
         return False
 

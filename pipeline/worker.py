@@ -20,17 +20,19 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import Connection
+from typing import Any
 
 from pipeline.batches import BatchFiller, Filled
 from pipeline.errors import CropstreamError
 from pipeline.messages import Assignment, Condemned, Done, Failed
 from pipeline.probe import Trial, probe
-from pipeline.ring import Pulse, Ring
+from pipeline.ranges import fetch_loop
+from pipeline.ring import FETCH_LOOP, INTERPRETER, Pulse, Ring
 from pipeline.samples import BadSample
 from pipeline.telemetry import Telemetry
 
@@ -44,11 +46,21 @@ def serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
     """
     try:
         _serve(connection, assignment, ring)
-    except (EOFError, ConnectionError):
-        pass  # nobody listens any more
     except BaseException as error:  # noqa: BLE001 - the edge of the process
-        with suppress(OSError):
-            connection.send(Failed(_portable(error)))
+        _tell(connection, Failed(_portable(error)))
+
+
+def receive(connection: Connection) -> Any:
+    """The next message; None when the other end is closed."""
+    try:
+        return connection.recv()
+    except (EOFError, ConnectionError):
+        return None
+
+
+def _tell(connection: Connection, message: Condemned | Done | Failed) -> None:
+    with suppress(OSError):  # nobody listens any more: whoever receives ends us
+        connection.send(message)
 
 
 def _serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
@@ -59,12 +71,11 @@ def _serve(connection: Connection, assignment: Assignment, ring: Ring) -> None:
             condemned = _probe(filler, assignment)
             for bad in condemned:
                 filler.condemn(bad)
-            connection.send(Condemned(condemned))
+            _tell(connection, Condemned(condemned))
         filler.start(assignment.step)
         batches = _Batches(connection, filler, telemetry)
         begun = assignment.step
-        while True:
-            limit = connection.recv()
+        while (limit := receive(connection)) is not None:
             for step in range(begun, limit):
                 batches.begin(step, ring)
             begun = max(begun, limit)
@@ -75,11 +86,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # meant for the training process, which ends us
         signal.signal(number, signal.SIG_IGN)
     connection = Connection(int(sys.argv[1]))
-    with suppress(EOFError):  # the training process has ended before we began
-        assignment = connection.recv()
+    assignment = receive(connection)
+    if assignment is not None:
         ring = Ring(assignment.layout, int(sys.argv[2]))
         pulse = ring.pulse(assignment.worker)
         threading.Thread(target=_beat, args=(pulse, os.getppid()), daemon=True).start()
+        fetch_loop().call_soon_threadsafe(_beat_on_loop, pulse)
         serve(connection, assignment, ring)
     os._exit(0)  # whatever our threads still do is of no use to anybody
 
@@ -111,15 +123,14 @@ class _Batches:
     def _finish(self, batch: _Batch, job: Future[Filled]) -> None:
         if job.cancelled():
             return
-        error = job.exception()
-        with self._lock, suppress(OSError):  # nobody listens any more: the main thread ends us
-            if error is not None:
-                self._connection.send(Failed(_portable(error)))
-                return
-            batch.left -= 1
-            batch.parts.append(job.result())
-            if not batch.left:
-                self._connection.send(self._report(batch))
+        with self._lock:
+            try:
+                batch.parts.append(job.result())
+                batch.left -= 1
+                if not batch.left:
+                    _tell(self._connection, self._report(batch))
+            except BaseException as error:  # noqa: BLE001 - the edge of a thread
+                _tell(self._connection, Failed(_portable(error)))
 
     def _report(self, batch: _Batch) -> Done:
         replaced = [each for part in batch.parts for each in part.replaced]
@@ -134,7 +145,7 @@ class _Batches:
 
 
 def _probe(filler: BatchFiller, assignment: Assignment) -> list[BadSample]:
-    """Try each suspect in a child process, all at once: one that hangs takes its time."""
+    """Try each suspect in a child process; in turn, so that nothing of ours slows it down."""
     share, num_slots = assignment.share, assignment.layout.num_slots
 
     def judge(number: int) -> BadSample | None:
@@ -151,16 +162,21 @@ def _probe(filler: BatchFiller, assignment: Assignment) -> list[BadSample]:
         reason = probe(sample.data, trial, limit_s=assignment.probe_limit_s)
         return BadSample(number, sample.key, sample.shard, reason) if reason else None
 
-    with ThreadPoolExecutor(len(assignment.suspects), thread_name_prefix="probe") as threads:
-        return [bad for bad in threads.map(judge, assignment.suspects) if bad is not None]
+    return [bad for bad in map(judge, assignment.suspects) if bad is not None]
 
 
 def _beat(pulse: Pulse, parent: int) -> None:
     """Show that the interpreter runs; end when an orphan, should the socket not tell."""
     while os.getppid() == parent:
-        pulse.beat()
+        pulse.beat(INTERPRETER)
         time.sleep(_BEAT_S)
     os._exit(0)
+
+
+def _beat_on_loop(pulse: Pulse) -> None:
+    """Show that reading goes on, or could: to be called on the fetch loop."""
+    pulse.beat(FETCH_LOOP)
+    fetch_loop().call_later(_BEAT_S, _beat_on_loop, pulse)
 
 
 def _portable(error: BaseException) -> BaseException:

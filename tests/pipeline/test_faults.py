@@ -171,6 +171,20 @@ def test_reading_goes_on_where_it_broke(
     assert reader.telemetry.total("fetch_resumes") == 1
 
 
+@pytest.mark.parametrize("status", [404, 412, 416])
+@pytest.mark.parametrize("what", OBJECTS)
+def test_a_wrong_answer_that_an_object_is_gone(road: Road, what: str, status: int) -> None:
+    """From a gateway, say: once it is healed, for ever it costs the samples."""
+    reader, gone = road.data.reader(), {"kind": Kind.REFUSE, "status": status}
+    road.strike(Rule(target=OBJECTS[what], nth=(1,), **gone))
+    assert_clean(reader.read(0, len(KEPT) - 1))
+    assert len(road.requests(what)) == 2
+    assert reader.telemetry.total("fetch_retries") == 1
+    road.strike(Rule(target=OBJECTS[what], **gone))
+    assert_lost(road.data.read(), range(len(KEPT)), r"no such object|recorded")
+    assert len(road.requests(what)) == 2
+
+
 def test_many_faults_at_once(road: Road) -> None:
     """Four readers beside each other."""
     share = {"share": 0.15}
@@ -528,8 +542,12 @@ def test_a_run_outlasts_a_store_that_fails_for_a_while(
 
 
 @pytest.mark.parametrize("how", ["replaced", "cut", "deleted"])
-def test_a_shard_that_changes_in_mid_run(tmp_path: Path, clean: Rows, how: str) -> None:
+def test_a_shard_that_changes_in_mid_run(
+    tmp_path: Path, clean: Rows, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All of it is lost, sooner or later: what was read ahead and is whole may still be used."""
+    monkeypatch.setattr("pipeline.pacing._MOST_DOUBT_S", 0)  # for dozens of pieces
+    monkeypatch.setattr("pipeline.pacing._LEAST_DOUBT_S", 0)
     write_dataset(str(tmp_path), PHOTOS, per_shard=PER_SHARD)
     tar = tmp_path / f"data/00/{2 * PER_SHARD:06d}.tar"
     body = tar.read_bytes()

@@ -95,6 +95,33 @@ def test_what_is_waited_for_comes_whatever_the_budget(tmp_path: Path) -> None:
         prefetcher.close()
 
 
+def test_reading_goes_on_while_the_next_pieces_are_worked_out(tmp_path: Path) -> None:
+    """They take until the first piece is here, which waits for nobody."""
+    write_dataset(str(tmp_path), IMAGES)
+    come = threading.Event()
+
+    def pieces() -> Iterator[Piece]:
+        first, *others = split_into_pieces(window(), 5)
+        yield first
+        for _ in range(SECONDS * 100):
+            if prefetcher.is_here(0, 0, 4):
+                come.set()
+                break
+            threading.Event().wait(0.01)
+        yield from others
+
+    prefetcher = prefetcher_of(reader_of(str(tmp_path)), pieces=pieces())
+    try:
+        for number in range(20):
+            sample = prefetcher.take(0, 0, number)
+            assert isinstance(sample, RawSample)
+            assert sample.data == IMAGES[number]
+    finally:
+        prefetcher.close()
+    assert come.is_set()
+    assert prefetcher._held_bytes == pytest.approx(0, abs=1e-6)
+
+
 def test_sources_and_epochs_are_told_apart(tmp_path: Path) -> None:
     others = pictures(20, seed=1)
     write_dataset(f"{tmp_path}/one", IMAGES)

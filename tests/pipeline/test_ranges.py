@@ -2,7 +2,11 @@
 
 import asyncio
 import logging
+import os
 import random
+import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,7 +186,7 @@ def test_a_store_that_is_slower_than_a_stall_is_given_more_time(
 def test_a_late_range_gets_a_second_request_that_wins(store: Store, proxy: FaultProxy) -> None:
     proxy.rules = [Rule(kind=Kind.STALL, nth=(1,), after_bytes=1 << 20)]
     reader = new_reader(stall_s=SECONDS)
-    earn_hedges(reader)
+    earn_hedges(reader, 0.5)
     assert read(reader, store) == BODY
     hedge = proxy.exchanges[1].request
     assert 1 << 19 <= hedge.first_byte <= 1 << 20
@@ -306,7 +310,7 @@ def test_close_interrupts_waiting_for_a_store(
         read(reader, store, 0, 10)
 
 
-def test_what_waiting_cannot_mend_is_told_at_once(
+def test_what_waiting_cannot_mend_is_told_at_the_second_answer_denied_access_at_once(
     s3_url: str, store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = new_reader()
@@ -320,8 +324,136 @@ def test_what_waiting_cannot_mend_is_told_at_once(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(AccessDeniedError, match="AWS_SECRET_ACCESS_KEY"):
         read(reader, open_store(s3_url))
+    assert total(reader, "fetch_retries") == 5
+    assert len(proxy.exchanges) == 2 * 5 + 1
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(404, ObjectMissingError), (412, ObjectChangedError)]
+)
+def test_that_an_object_is_gone_must_be_said_twice(
+    store: Store, proxy: FaultProxy, status: int, error: type[StoreError]
+) -> None:
+    proxy.rules = [Rule(kind=Kind.REFUSE, nth=(1,), status=status)]
+    reader = new_reader(patience_s=0)
+    assert read(reader, store) == BODY
+    assert total(reader, "fetch_retries") == 1
+    proxy.rules = [Rule(kind=Kind.REFUSE, nth=(1, 2), status=status)]
+    with pytest.raises(error, match="/key"):
+        read(reader, store)
+    assert len(proxy.exchanges) == 2 + 2
+
+
+def test_bytes_between_two_such_answers_prove_that_the_object_is_there(
+    store: Store, proxy: FaultProxy
+) -> None:
+    proxy.rules = [
+        Rule(kind=Kind.REFUSE, nth=(1, 3), status=404),
+        Rule(kind=Kind.CUT, nth=(1,), after_bytes=1 << 20),
+    ]
+    assert read(new_reader(), store) == BODY
+    seen = [exchange.kind for exchange in proxy.exchanges]
+    assert seen == [Kind.REFUSE, Kind.CUT, Kind.REFUSE, None]
+
+
+def test_a_hedge_that_finds_nothing_leaves_the_first_request_alone(
+    store: Store, proxy: FaultProxy
+) -> None:
+    proxy.rules = [
+        Rule(kind=Kind.STALL, nth=(1,), seconds=0.6, after_bytes=1 << 20),
+        Rule(kind=Kind.REFUSE, nth=(1,), status=404),
+    ]
+    reader = new_reader(stall_s=SECONDS)
+    earn_hedges(reader)
+    reader.hedges.left_bytes = float(len(BODY))  # for one
+    assert read(reader, store) == BODY
+    assert total(reader, "fetch_hedges") == 1
     assert total(reader, "fetch_retries") == 0
-    assert len(proxy.exchanges) == 6
+
+
+def test_a_few_bytes_a_request_are_progress_and_none_are_not(
+    store: Store, proxy: FaultProxy
+) -> None:
+    """Every answer breaks after three bytes, at the latest before its last."""
+    proxy.rules = [Rule(kind=Kind.CUT, after_bytes=3)]
+    with pytest.raises(StoreError, match="/key"):
+        read(new_reader(patience_s=0.5), store, 0, 40)
+    begins = [exchange.request.first_byte for exchange in proxy.exchanges]
+    assert begins == sorted(begins)
+    assert set(begins) == {*range(0, 40, 3), 39}
+    assert begins.count(39) == len(begins) - len(range(0, 39, 3)) > 1
+    proxy.rules = [Rule(kind=Kind.CUT, after_bytes=3, nth=range(1, 14))]
+    assert read(new_reader(patience_s=0.5), store, 0, 40) == BODY[:40]
+
+
+def test_a_disk_that_fails_is_waited_for() -> None:
+    """Nothing is mapped at a process's first byte, and the kernel calls that an I/O error."""
+    reader = new_reader(patience_s=0.5)
+    with pytest.raises(StoreError, match=r"/proc/self/mem: .*Input/output error.*the disk"):
+        begin(reader.read(open_store("/proc/self"), "mem", 0, 10)).result(SECONDS)
+    assert total(reader, "fetch_retries") > 0
+
+
+@pytest.fixture
+def hung(tmp_path: Path) -> Iterator[Store]:
+    """Whoever opens the file `key` waits: nobody will ever write to this pipe."""
+    os.mkfifo(tmp_path / "key")
+    yield open_store(tmp_path)
+    os.close(os.open(tmp_path / "key", os.O_RDWR | os.O_NONBLOCK))  # lets the threads go
+
+
+def test_a_mount_that_hangs_is_reported_and_then_given_up(
+    hung: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.ranges._QUIET_S", 0.1)
+    reader = new_reader(patience_s=0.6)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(StoreError, match=r"/key: its file system has not answered for 1 s"),
+    ):
+        read(reader, hung, 0, 10)
+    assert re.search(r"/key: its file system has not.*; waiting for it, up to 0 s", caplog.text)
+    with pytest.raises(StoreError, match="has not answered"):
+        read(new_reader(patience_s=0, stall_s=0.1), hung, 0, 10)
+
+
+def test_close_leaves_a_mount_that_hangs(hung: Store) -> None:
+    reader = new_reader()
+    waiting = begin(reader.read(hung, "key", 0, 10))
+    time.sleep(0.2)
+    assert not waiting.done()
+    reader.close()
+    with pytest.raises(StoreError, match="closed"):
+        waiting.result(SECONDS)
+
+
+def test_more_hung_reads_than_threads_leave_none_without_an_end(hung: Store) -> None:
+    reader = new_reader(patience_s=0.3, stall_s=0.1, requests=50)
+    reads = [begin(reader.read(hung, "key", 0, 10)) for _ in range(50)]
+    for each in reads:
+        with pytest.raises(StoreError, match="has not answered"):
+            each.result(SECONDS)
+
+
+def test_a_process_ends_though_a_mount_hangs(hung: Store) -> None:
+    """Its thread still waits for the file then."""
+    program = (
+        "import sys\n"
+        "from pipeline.ranges import FetchConfig, RangeReader, begin\n"
+        "from pipeline.store import open_store\n"
+        "from pipeline.telemetry import Telemetry\n"
+        "reader = RangeReader(FetchConfig(patience_s=0.2, stall_s=0.1), Telemetry())\n"
+        "begin(reader.read(open_store(sys.argv[1]), 'key', 0, 10)).result()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, hung.url],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "has not answered" in done.stderr
 
 
 def test_an_object_replaced_between_two_requests(store: Store, proxy: FaultProxy) -> None:

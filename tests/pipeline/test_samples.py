@@ -4,7 +4,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +21,7 @@ from pipeline.errors import StoreError
 from pipeline.manifest import SNAPSHOT_SCHEMA, Snapshot, read_snapshot
 from pipeline.ranges import FetchConfig
 from pipeline.samples import BadSample, RawSample, SampleReader
+from pipeline.shards import encode_index, parse_parquet
 from pipeline.store import open_store
 from pipeline.telemetry import Telemetry
 from tests.support.dataset import pictures, write_dataset
@@ -70,8 +71,75 @@ def test_bytes_are_found_whatever_parts_they_came_in(body: bytes, data: st.DataO
     place = st.integers(0, len(body))
     cuts = [0, *sorted(data.draw(st.lists(place, max_size=5))), len(body)]
     parts = [body[start:end] for start, end in pairwise(cuts)]
-    start, length = data.draw(place), data.draw(st.integers(0, 50))
-    assert samples._Body(parts).copy(start, length) == body[start : start + length]
+    bounds = sorted(data.draw(st.lists(st.integers(0, 50), max_size=8)))
+    found = samples._Body(parts)
+    for start, end in zip(bounds[::2], bounds[1::2], strict=False):
+        assert found.copy(start, end - start) == body[start:end]
+        assert sum(map(len, parts)) <= max(0, len(body) - end)
+
+
+def with_index(url: str, change: Callable[[list[dict[str, Any]]], object]) -> Snapshot:
+    """A data set of one shard whose index, hash and all, says what somebody wants."""
+    store = open_store(url)
+    (row,) = read_snapshot(store).table.to_pylist()
+    index = parse_parquet(store.get(row["index"])).to_pylist()
+    change(index)
+    body = encode_index(index, ["label"])
+    store.put_if_absent("other.parquet", body)
+    row |= {"index": "other.parquet", "index_tag": None, "index_bytes": len(body)}
+    row |= {"index_sha256": hashlib.sha256(body).digest()}
+    row |= {"kept": sum(each["status"] == "ok" for each in index)}
+    return with_rows(read_snapshot(store), [row])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"offset": -512}, "outside the shard"),
+        ({"offset": 10**9}, "outside the shard"),
+        ({"offset": 2**63 - 1}, "outside the shard"),
+        ({"offset": None}, "outside the shard"),
+        ({"offset": 0}, "in the sample before"),
+        ({"length": -1}, "outside the shard"),
+        ({"length": None}, "outside the shard"),
+        ({"length": 10**7}, "outside the shard"),
+        ({"length": 64 * 2**20 + 1}, "too large: 67108865 bytes, allowed are 67108864"),
+        ({"length": 2**63 - 1}, "too large"),
+        ({"crc32c": None}, "checksum differs"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [1, 19])
+def test_a_row_of_nonsense_costs_its_sample_and_is_not_asked_for(
+    tmp_path: Path, wrong: dict[str, int | None], reason: str, place: int
+) -> None:
+    write_dataset(str(tmp_path), IMAGES, per_shard=20)
+    snapshot = with_index(str(tmp_path), lambda rows: rows[place].update(wrong))
+    reader = reader_of(str(tmp_path), snapshot)
+    found = reader.read(0, 19)
+    assert data_of(found) == IMAGES[:place] + IMAGES[place + 1 :]
+    bad = found[place]
+    assert isinstance(bad, BadSample)
+    assert reason in bad.reason
+    assert bad.key
+    assert reader.read(place, place) == [bad]
+    most_bytes = 2 * int(snapshot.tar_bytes[0]) + int(snapshot.index_bytes[0])
+    assert reader.telemetry.total("fetch_bytes") <= most_bytes
+
+
+def test_what_is_too_large_and_wide_gaps_are_not_fetched(tmp_path: Path) -> None:
+    """Two small samples beside each other, then one of each kind between two more."""
+    giant, gap = bytes(64 * 2**20 + 1), bytes(9 * 2**20)
+    images = [*IMAGES[:2], giant, IMAGES[2], gap, IMAGES[3]]
+    write_dataset(str(tmp_path), images, per_shard=6)
+    snapshot = with_index(str(tmp_path), lambda rows: rows[4].update(status="rejected"))
+    reader = reader_of(str(tmp_path), snapshot)
+    found = reader.read(0, 4)
+    assert data_of(found) == IMAGES[:4]
+    assert isinstance(found[2], BadSample)
+    assert found[2].reason.startswith("too large")
+    assert reader.telemetry.total("fetch_requests") == 1 + 3
+    assert reader.telemetry.total("fetch_bytes") < 2**20
 
 
 def test_masked_rows_are_not_there_and_a_damaged_mask_is_seen(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.augment import AugmentConfig
+from pipeline.fetch import FetchConfig
 from pipeline.loader import LoaderConfig
 from pipeline.sequential import SequentialLoader
+from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
 
 COUNT = 50
@@ -51,3 +53,44 @@ def test_the_pixel_cap_is_the_configurations(tmp_path: Path):
     loader = SequentialLoader(config, AugmentConfig(), size_px=24, batch_size=4)
     assert list(loader) == []
     assert loader.telemetry.total("bad_samples") == 6
+
+
+def test_reading_follows_the_section_fetch(tmp_path: Path):
+    """Seen by its cache, which is filled and then read."""
+    write_dataset(str(tmp_path / "data"), pictures(9))
+    fetch = FetchConfig(cache_dir=str(tmp_path / "cache"), cache_bytes=10**7)
+    for hits in (0, 3):
+        loader = SequentialLoader(
+            LoaderConfig(dataset=str(tmp_path / "data")),
+            AugmentConfig(),
+            size_px=24,
+            batch_size=3,
+            fetch=fetch,
+        )
+        assert sum(len(batch.labels) for batch in loader) == 9
+        assert loader.telemetry.total("cache_hits") == hits
+
+
+def test_what_killed_or_hung_its_decoder_in_training_is_left_out(tmp_path: Path):
+    keys = write_dataset(str(tmp_path), pictures(20))
+    first = open_store(str(tmp_path)).url_of("data/00/000000.tar")
+    second = open_store(str(tmp_path)).url_of("data/00/000016.tar")
+    entries = [
+        (first, 2, "decoder died: signal 11"),
+        (second, 17, "decoder hung for 60 s"),
+        (second, 3, "decoder died: signal 11"),  # such a key of another shard
+        (first, 5, "truncated"),  # told by decoding it again
+    ]
+    loader = SequentialLoader(
+        LoaderConfig(dataset=str(tmp_path)),
+        AugmentConfig(),
+        size_px=24,
+        batch_size=8,
+        quarantine=[
+            {"shard": shard, "key": keys[number], "reason": reason}
+            for shard, number, reason in entries
+        ],
+    )
+    samples = [number for batch in loader for number in batch.samples.tolist()]
+    assert samples == [number for number in range(20) if number not in (2, 17)]
+    assert loader.telemetry.total("bad_samples") == 2

@@ -3,16 +3,20 @@ import io
 import itertools
 import logging
 import pickle
+import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from webdataset import TarWriter
 
-from pipeline.errors import DataError, UsageError
+from pipeline.decode import MAX_BYTES
+from pipeline.errors import DataError, StoreError, UsageError
+from pipeline.samples import RawSample
 from pipeline.shards import ShardWriter, sample_key
 from pipeline.store import open_store
-from pipeline.tars import TarStream, expand_tars, names_tars
+from pipeline.tars import TarStream, expand_tars, names_tars, shuffled
 from pipeline.telemetry import Telemetry
 
 
@@ -171,8 +175,127 @@ def test_nothing_is_unpickled(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+def numbered(sizes: list[int], taken: list[int]):
+    """Samples of some sizes; `taken` grows by the size of each that was asked for."""
+    for number, size in enumerate(sizes):
+        taken.append(size)
+        yield RawSample(number, f"{number}", "", bytes(size), None)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "budget_bytes", "most_held"),
+    [(20, 10**9, 20), (50, 10_000, 10), (1, 10**9, 1), (50, 1, 0)],
+)
+def test_the_buffer_is_bounded_by_number_and_bytes(num_samples, budget_bytes, most_held):
+    sizes, taken, given = [1000] * 200, [], []
+    buffer = shuffled(
+        numbered(sizes, taken),
+        random.Random(1),
+        num_samples=num_samples,
+        budget_bytes=budget_bytes,
+    )
+    held = []
+    for sample in buffer:
+        given.append(sample.number)
+        held.append(len(taken) - len(given))
+    assert max(held) == most_held
+    assert sorted(given) == list(range(200))
+    assert (given == sorted(given)) is (most_held == 0)
+
+
+def test_an_image_larger_than_the_buffer_passes_it(tmp_path):
+    bodies = [b"%d" % n * (3000 if n == 4 else 10) for n in range(9)]
+    url = write_tar(tmp_path / "a.tar", {f"{n}.jpg": body for n, body in enumerate(bodies)})
+    assert sorted(take(stream_of([url], budget_bytes=1000)[0], 9)) == sorted(bodies)
+
+
+def test_a_closed_stream_reads_no_more(tmp_path):
+    url = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"image" * 20_000 for n in range(20)})
+    stream, telemetry = stream_of([url], shuffle_samples=1)
+    samples = stream.samples(0, 0)
+    next(samples)
+    stream.close()
+    stream.close()
+    read_bytes = telemetry.total("fetch_bytes")
+    with pytest.raises(StoreError, match=r"a\.tar was ended"):
+        list(samples)
+    assert telemetry.total("fetch_bytes") == read_bytes
+    stream.close()
+    assert len(take(stream, 20)) == 20
+
+
+def test_beginning_anew_ends_what_had_begun(tmp_path):
+    url = write_tar(tmp_path / "a.tar", {f"{n}.jpg": b"image" * 20_000 for n in range(20)})
+    stream, _ = stream_of([url], shuffle_samples=1)
+    earlier = stream.samples(0, 0)
+    next(earlier)
+    assert len(take(stream, 20)) == 20
+    with pytest.raises(StoreError, match="was ended"):
+        list(earlier)
+
+
 # ----------------------------------------------------------------------------------------
 # what is lost
+
+
+def write_claims(path: Path, members: list[tuple[str, bytes, int]]) -> str:
+    """A tar of holes: (name, type, size) of members; sizes are as they say. Gzipped by its name."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "wb") as file:
+        for name, kind, size in members:
+            info = tarfile.TarInfo(name)
+            info.type, info.size = kind, size
+            file.write(info.tobuf())
+            for _ in range(-(-size // 2**20)):
+                file.write(bytes(2**20))
+        file.write(bytes(1024))
+    return str(path)
+
+
+def held_while_taking(stream: TarStream, count: int) -> tuple[int, list[int]]:
+    """The most bytes of memory meanwhile, and the size of each image."""
+    tracemalloc.start()
+    try:
+        sizes = [len(body) for body in take(stream, count)]
+        return tracemalloc.get_traced_memory()[1], sizes
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["tar", "tar.gz"])
+def test_members_that_are_too_large_are_passed_over_and_told(tmp_path, caplog, ending):
+    large, small, regular = MAX_BYTES + 2**20, 2**20, tarfile.REGTYPE
+    members = [("0.jpg", small), ("1.jpg", large), ("2.JPG", small), ("2.json", large)]
+    url = write_claims(tmp_path / f"a.{ending}", [(name, regular, n) for name, n in members])
+    stream, telemetry = stream_of([url])
+    held_bytes, sizes = held_while_taking(stream, 2)
+    assert sizes == [small, small]
+    assert held_bytes < MAX_BYTES // 2
+    assert telemetry.total("lost_members") == 1
+    assert not telemetry.total("lost_tars")
+    assert f"1.jpg of {url} has {large} bytes" in caplog.text
+
+
+def test_images_that_are_too_large_together_are_told(tmp_path):
+    """As one sample is all that has a name up to the first dot."""
+    members = [(f"a.{n}.jpg", tarfile.REGTYPE, MAX_BYTES // 4) for n in range(12)]
+    stream, telemetry = stream_of([write_claims(tmp_path / "a.tar", members)])
+    held_bytes, sizes = held_while_taking(stream, 1)
+    assert sizes == [MAX_BYTES // 4]
+    assert held_bytes < 2 * MAX_BYTES
+    assert telemetry.total("lost_members") == 8 + 3  # not read; read and not used
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_header_that_does_not_fit_ends_its_tar(tmp_path, caplog, kind):
+    members = [("0.jpg", tarfile.REGTYPE, 2**20), ("header", kind, 2**26)]
+    url = write_claims(tmp_path / "a.tar", members)
+    stream, telemetry = stream_of([url], shuffle_samples=1)
+    held_bytes, sizes = held_while_taking(stream, 2)
+    assert sizes == [2**20] * 2
+    assert held_bytes < 2**24
+    assert telemetry.total("lost_tars") == 1
+    assert f"{url} is lost: a header of {2**26} bytes at byte {2**20 + 512}" in caplog.text
 
 
 def test_a_cut_tar_is_never_lost_silently(tmp_path, caplog):

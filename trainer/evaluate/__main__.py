@@ -40,6 +40,11 @@ def main() -> int:
     )
     knn.add_argument("--batch-size", type=int, default=64)
     knn.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="leave the run's fetch.cache_dir alone: not on this machine, or used by training",
+    )
+    knn.add_argument(
         "--random-trunk", action="store_true", help="measure the untrained trunk too, to compare"
     )
     knn.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -52,7 +57,11 @@ def run_knn(arguments: argparse.Namespace) -> int:
     from trainer.evaluate.evaluation import Evaluation
 
     evaluation = Evaluation.of_run(
-        arguments.run, step=arguments.step, size_px=arguments.size, batch_size=arguments.batch_size
+        arguments.run,
+        step=arguments.step,
+        size_px=arguments.size,
+        batch_size=arguments.batch_size,
+        use_cache=not arguments.no_cache,
     )
     trunks = ["trained", "random"] if arguments.random_trunk else ["trained"]
     accuracy = {

@@ -30,9 +30,17 @@ class Evaluation:
 
     @classmethod
     def of_run(
-        cls, run: str, *, step: int | None, size_px: int | None, batch_size: int
+        cls,
+        run: str,
+        *,
+        step: int | None,
+        size_px: int | None,
+        batch_size: int,
+        use_cache: bool = True,
     ) -> "Evaluation":
         """Read a run's checkpoint, the newest or that of `step`, with the run's configuration.
+
+        Without `use_cache` the run's fetch.cache_dir is left alone.
 
         Raises CheckpointError where there is none.
         """
@@ -45,6 +53,8 @@ class Evaluation:
         checkpoint = read_checkpoint(store, steps[-1] if step is None else step)
         where = store.url_of(checkpoint.key)
         config = parse_config(Config, checkpoint.state["config"], where=where)
+        if not use_cache:
+            config = replace(config, fetch=replace(config.fetch, cache_dir=""))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         size_px = size_px or config.crops.global_size_px
         return cls(run, checkpoint, config, size_px, batch_size, device)
@@ -68,6 +78,8 @@ class Evaluation:
             self.config.augment,
             size_px=self.size_px,
             batch_size=self.batch_size,
+            fetch=self.config.fetch,
+            quarantine=self.checkpoint.state["quarantine"],
         )
         trunk = self.trunk(trained=trained)
         name = f"{'trained' if trained else 'random'} trunk"
