@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline import augment_host, resize
-from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment import AugmentConfig, draw_groups
 from pipeline.augment_host import augment_pixels
 from pipeline.crops import CropsConfig, crop_boxes, decode_crops
 from pipeline.decode import ImageHeader, guard_header
@@ -57,7 +57,8 @@ class Share:
 
     lanes: the worker's own, the first of them filling row `first_row` of the rank's batch. epochs:
     after how many the run ends, if it does. augmentation: of the colours to be given here, None to
-    leave them out. known: samples that are of no use, by global number; they are not read.
+    leave them out. known: samples that killed or hung their decoder, by global number; they are
+    not read. All others are, whatever was wrong with them before.
     """
 
     data_sets: tuple[DataSet, ...]
@@ -152,7 +153,7 @@ class BatchFiller:
             for store, snapshot in self._opened
         ]
         self._known = {bad.number: bad for bad in share.known}
-        self._failed: set[int] = set()  # as substitutes: not to be tried again
+        self._failed: set[tuple[int, int]] = set()  # as substitutes: epoch, number; not again in it
         self._prefetcher: Prefetcher | None = None
         self._threads = threading.local()
         numbers = count()
@@ -173,7 +174,7 @@ class BatchFiller:
             augment_host.warm_up()
         self._prefetcher = Prefetcher(
             self._readers,
-            pieces_in_order(self._windows(step), [each.chunk for each in self.share.data_sets]),
+            pieces_in_order(self._needed(step), [each.chunk for each in self.share.data_sets]),
             ahead_bytes=self.share.ahead_bytes,
             sample_bytes=[mean_sample_bytes(snapshot) for _, snapshot in self._opened],
         )
@@ -230,8 +231,8 @@ class BatchFiller:
         """Of this worker's rows."""
         return self.mixture.slots(*divmod(step, self.mixture.num_steps), self.share.lanes)
 
-    def _windows(self, step: int) -> Iterator[Window]:
-        """What is needed from a step on, without what is known to be of no use."""
+    def _needed(self, step: int) -> Iterator[Window]:
+        """What is to be read from a step on: all but what must not be decoded."""
         position = divmod(step, self.mixture.num_steps)
         windows = self.mixture.windows(*position, self.share.lanes, epochs=self.share.epochs)
         for window in windows:
@@ -326,7 +327,8 @@ class BatchFiller:
         first = int(self.mixture.first_number[source])
         places = int(slot.epoch[0]), int(slot.lane[0]), int(slot.place[0])
         for number in self.mixture.replacements(source, *places):
-            if number + first in self._failed or number + first in self._known:
+            name = places[0], number + first
+            if name in self._failed or number + first in self._known:
                 continue
             image = self._look(self._read(source, number))
             if (
@@ -335,7 +337,7 @@ class BatchFiller:
             ):
                 self._telemetry.add(substituted_samples=1)
                 return number + first
-            self._failed.add(number + first)
+            self._failed.add(name)
         raise DataError(
             f"no sample of lane {places[1]} of {self.share.data_sets[source].url} can be used; "
             f"the last was {bad.key or bad.number} of {bad.shard}: {bad.reason}; run `python -m "
@@ -345,18 +347,16 @@ class BatchFiller:
     def _colour(self, slots: Slots, blocks: Sequence[UInt8]) -> None:
         if self.share.augmentation is None:
             return
-        first = 0
+        groups = draw_groups(
+            self.share.augmentation,
+            map(len, blocks),
+            seed=self.share.seed,
+            epoch=slots.epoch,
+            samples=slots.global_numbers,
+        )
         with self._telemetry.timed("colour_s"):
-            for block in blocks:
-                params = draw_augment(
-                    self.share.augmentation,
-                    seed=self.share.seed,
-                    epoch=slots.epoch,
-                    samples=slots.global_numbers,
-                    crop_indices=range(first, first + len(block)),
-                )
+            for block, params in zip(blocks, groups, strict=True):
                 augment_pixels(block, params)
-                first += len(block)
 
 
 def mean_sample_bytes(snapshot: Snapshot) -> float:

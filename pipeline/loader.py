@@ -10,15 +10,17 @@ device has the workers do the colours, too, to the same bits.
 A sample that cannot be used is replaced by the next good one of its lane and entered in the
 quarantine, which the checkpoint carries.
 
-Memory of a rank: every worker some 200 MB of code, and together `loader.budget_bytes` at most of
-encoded samples; the ring, prefetch_batches + 1 batches of uint8 crops; at most 128 MiB of shards'
-indexes a worker and source. `describe` says what the first two come to. Without a device there are
-float32 crops, too: two batches between the training loop and here (pipeline.lending).
+Memory of a rank: every worker some 200 MB of code; all together `loader.budget_bytes` at most of
+encoded samples, measured in bytes of shards, to which bodies that have just arrived and are still
+being copied out may add a third; the ring, prefetch_batches + 1 batches of uint8 crops; and 128 MiB
+at most of shards' indexes for every worker and source. `describe` says what samples and crops come
+to. Without a device there are float32 crops, too: two batches between the training loop and here
+(pipeline.lending).
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from time import perf_counter
@@ -30,7 +32,7 @@ import torch
 from annotated_types import Ge, Gt
 from numpy.typing import NDArray
 
-from pipeline.augment import AugmentConfig, draw_augment
+from pipeline.augment import AugmentConfig, draw_groups
 from pipeline.augment_device import augment
 from pipeline.augment_host import normalize_into
 from pipeline.batches import DataSet, Replaced, Share, mean_sample_bytes, mix_data_sets
@@ -154,10 +156,12 @@ class MultiCropLoader:
     Args:
         fetch: how workers read from the store.
         seed: of order, crops and colour.
-        local_world_size: ranks that share this machine's cores.
+        local_world_size: ranks that share this rank's cores, itself included.
         device: where the crops of a batch end up.
         epochs: stop after so many; None never stops.
-        state, quarantine: where to go on, and the bad samples known by then, of a checkpoint.
+        state, quarantine: where to go on, and the bad samples known by then, of a checkpoint. Of
+            these, what killed or hung its decoder is never decoded; the others are tried again,
+            as they are in a run that was not interrupted.
         record_spans: keep every timed block for `telemetry.take_spans`.
 
     Use it as a context manager, or call `close`: it owns processes. They start when iteration
@@ -168,7 +172,8 @@ class MultiCropLoader:
     until all crops were cut, and `wait_handover_s`; `transfer_s`, `augment_s`, `worker_restarts`.
 
     Raises UsageError for sizes that do not fit, ManifestError without a sealed data set, DataError
-    when more than `max_bad_samples` had to be replaced or a worker dies again and again.
+    when more than `max_bad_samples` had to be replaced or a worker dies again and again. Of several
+    ranks, the trainer counts what all have replaced; left to itself, one fails a batch late.
     """
 
     def __init__(
@@ -200,7 +205,7 @@ class MultiCropLoader:
         self.telemetry = Telemetry(record_spans=record_spans)
         _refuse_tars(config)
         if state is not None:
-            _check_asked(config, state)
+            _check_asked(config, seed, state)
         self.snapshots = _read_snapshots(config, state)
         self.data_sets, self.mixture = self._resolve_order(seed, state)
         self.lanes = self.mixture.lanes_of(rank, world_size)
@@ -209,10 +214,11 @@ class MultiCropLoader:
             ", ".join(each.url for each in self.data_sets),
             limit=config.max_bad_samples,
             entries=quarantine,
+            world_size=world_size,
         )
         self._lender = Lender()
         self._step = 0  # the next, counted from the beginning of the run
-        self._stop: Callable[[], None] | None = None
+        self._means = ExitStack()  # what the present iteration has open
         if state is not None:
             self.load_state_dict(state)
 
@@ -241,6 +247,8 @@ class MultiCropLoader:
             "lanes": self.mixture.lanes,
             "sources": [
                 {
+                    "dataset": each.url,
+                    "attempt": snapshot.attempt,
                     "version": each.version,
                     "num_samples": snapshot.num_kept,
                     "chunk": each.chunk,
@@ -270,7 +278,7 @@ class MultiCropLoader:
         return (
             f"{sources}; lanes {self.mixture.lanes}, {self.world_size} rank(s) of "
             f"{self.batch_size} images, each with {means} of {threads} thread(s), at most "
-            f"{self._ahead_bytes / 2**20:.0f} MiB in flight and "
+            f"{self._ahead_bytes / 2**20:.0f} MiB of samples in flight and "
             f"{self._layout().size_bytes / 2**20:.0f} MiB of crops"
         )
 
@@ -289,9 +297,7 @@ class MultiCropLoader:
 
     def close(self) -> None:
         """End the workers; nothing is left behind."""
-        if self._stop is not None:
-            self._stop()
-            self._stop = None
+        self._means.close()
 
     def __enter__(self) -> Self:
         return self
@@ -319,20 +325,18 @@ class MultiCropLoader:
         """The next batch's copy begins before a batch is handed out, if it is there by then."""
         with self._working(colour=False) as (workers, ring):
             uploader = Uploader(self.device, ring.slots, self.telemetry)
-            try:
-                ahead: deque[tuple[_Taken, Upload]] = deque()
-                for step in self._steps():
-                    if not ahead:
-                        ahead.append(self._bring(workers, ring, uploader, step))
-                    taken, upload = ahead.popleft()
-                    if workers.is_done(step + 1):
-                        ahead.append(self._bring(workers, ring, uploader, step + 1))
-                    with self.telemetry.timed("augment_s"):
-                        crops = self._augment(taken.slots, upload.use())
-                    self._hand_out(taken)
-                    yield taken.batch(crops)
-            finally:
-                uploader.close()
+            self._means.enter_context(closing(uploader))
+            ahead: deque[tuple[_Taken, Upload]] = deque()
+            for step in self._steps():
+                if not ahead:
+                    ahead.append(self._bring(workers, ring, uploader, step))
+                taken, upload = ahead.popleft()
+                if workers.is_done(step + 1):
+                    ahead.append(self._bring(workers, ring, uploader, step + 1))
+                with self.telemetry.timed("augment_s"):
+                    crops = self._augment(taken.slots, upload.use())
+                self._hand_out(taken)
+                yield taken.batch(crops)
 
     def _bring(
         self, workers: Workers, ring: Ring, uploader: Uploader, step: int
@@ -360,28 +364,21 @@ class MultiCropLoader:
     def _working(self, *, colour: bool) -> Iterator[tuple[Workers, Ring]]:
         """Workers that fill the batches from our position on, in slots that are all free."""
         self.close()
-        ring = Ring.create(self._layout())
-        workers = Workers(
-            self._shares(colour=colour),
-            ring,
-            step=self._step,
-            in_process=self._num_workers()[0] == 0,
-            decode_timeout_s=self.config.decode_timeout_s,
-            telemetry=self.telemetry,
-            rank=self.rank,
-            num_steps=self.steps_per_epoch,
-        )
-
-        def stop() -> None:
-            workers.close()
-            ring.close()
-
-        self._stop = stop
-        try:
+        with ExitStack() as self._means:
+            ring = self._means.enter_context(closing(Ring.create(self._layout())))
+            workers = Workers(
+                self._shares(colour=colour),
+                ring,
+                step=self._step,
+                in_process=self._num_workers()[0] == 0,
+                decode_timeout_s=self.config.decode_timeout_s,
+                telemetry=self.telemetry,
+                rank=self.rank,
+                num_steps=self.steps_per_epoch,
+            )
+            self._means.enter_context(closing(workers))
             self._allow(workers, self._step + ring.layout.num_slots)
             yield workers, ring
-        finally:
-            stop()
 
     def _take_over(self, workers: Workers, ring: Ring, step: int) -> "_Taken":
         """Wait until a batch is filled."""
@@ -405,8 +402,7 @@ class MultiCropLoader:
 
     def _hand_out(self, taken: "_Taken") -> None:
         """A batch goes to the training loop now, and with it what was wrong with its samples."""
-        for bad, substitute in taken.replaced:
-            self.quarantine.add(bad, epoch=taken.epoch, step=taken.step, substitute=substitute)
+        self.quarantine.add_batch(taken.replaced, epoch=taken.epoch, step=taken.step)
         self._step = taken.epoch * self.steps_per_epoch + taken.step + 1
 
     def _normalize(self, block: NDArray[np.uint8]) -> torch.Tensor:
@@ -415,19 +411,17 @@ class MultiCropLoader:
         return torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2)
 
     def _augment(self, slots: Slots, groups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        crops, first = [], 0
-        for pixels in groups:
-            num_crops = len(pixels) // self.batch_size
-            params = draw_augment(
-                self.augmentation,
-                seed=self.mixture.seed,
-                epoch=slots.epoch,
-                samples=slots.global_numbers,
-                crop_indices=range(first, first + num_crops),
-            )
-            crops.append(augment(pixels, params, self.augmentation))
-            first += num_crops
-        return crops
+        params = draw_groups(
+            self.augmentation,
+            [len(pixels) // self.batch_size for pixels in groups],
+            seed=self.mixture.seed,
+            epoch=slots.epoch,
+            samples=slots.global_numbers,
+        )
+        return [
+            augment(pixels, each, self.augmentation)
+            for pixels, each in zip(groups, params, strict=True)
+        ]
 
     def _resolve_order(self, seed: int, state: State | None) -> tuple[tuple[DataSet, ...], Mixture]:
         """The constants of the configuration; where it leaves a choice, those of the state."""
@@ -523,7 +517,7 @@ class MultiCropLoader:
             threads=threads,
             max_image_pixels=self.config.max_image_pixels,
             record_spans=self.telemetry.record_spans,
-            known=self.quarantine.known(),
+            known=self.quarantine.deadly(),
         )
         return [
             replace(
@@ -556,7 +550,7 @@ def _read_snapshots(config: LoaderConfig, state: State | None) -> list[Snapshot]
     return [read_snapshot(store, version) for store, version in zip(stores, versions, strict=True)]
 
 
-def _check_asked(config: LoaderConfig, state: State) -> None:
+def _check_asked(config: LoaderConfig, seed: int, state: State) -> None:
     """Whatever the configuration does not leave open must be what the state says."""
     check_form(state, len(config.parts))
     mine = {name: getattr(config, name) for name in ("global_batch", "lanes")}
@@ -567,4 +561,4 @@ def _check_asked(config: LoaderConfig, state: State) -> None:
     if config.mix:
         for part, source in zip(config.parts, sources, strict=True):
             source["weight"] = part.weight
-    check_settings({**mine, "sources": sources}, state)
+    check_settings({"seed": seed, **mine, "sources": sources}, state)

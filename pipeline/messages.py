@@ -21,6 +21,7 @@ class Assignment:
     worker: its number, hence its pulse in the ring. step: the first to fill, counted from the
     beginning of the run; step s belongs into slot s % num_slots. suspects: global numbers of the
     samples in the hands of a predecessor that died, to be probed before anything is decoded.
+    probe_limit_s: of CPU time for each of them.
     """
 
     share: Share
@@ -32,7 +33,7 @@ class Assignment:
 
 
 class Condemned(NamedTuple):
-    """Suspects that a probe died of, or would not end with."""
+    """Suspects that crashed a probe, or took all its CPU time; the others may be decoded."""
 
     bad: list[BadSample]
 

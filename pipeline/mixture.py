@@ -157,7 +157,7 @@ class Mixture:
         self._check_steps()
         self.shares = _shares(weights, names or [f"source {n}" for n in range(len(orders))])
         self._turns = _Turns(self.shares, lanes, seed)
-        self._windows = [_Windows(order) for order in orders]
+        self._held = [_HeldWindows(order) for order in orders]
         self._per_lane = global_batch // lanes
         self._samples_per_lane = np.array([order.samples_per_lane for order in orders], np.int64)
 
@@ -176,8 +176,8 @@ class Mixture:
         number = np.empty_like(lane)
         for index in range(len(self.orders)):
             its = np.flatnonzero(source == index)
-            windows = self._windows[index]
-            number[its] = windows.samples_at(source_epoch[its], lane[its], place[its])
+            held = self._held[index]
+            number[its] = held.samples_at(source_epoch[its], lane[its], place[its])
         global_numbers = number + self.first_number[source]
         return Slots(source, source_epoch, number, lane, place, global_numbers)
 
@@ -240,7 +240,7 @@ class Mixture:
             )
 
 
-class _Windows:
+class _HeldWindows:
     """The window that each lane was in last, for its next steps: 8 bytes for every sample."""
 
     def __init__(self, order: SampleOrder) -> None:

@@ -14,6 +14,7 @@ wall time passes quickly on a busy machine): the probe is repeated once, and the
 
 import ctypes
 import json
+import logging
 import math
 import os
 import resource
@@ -36,6 +37,8 @@ from pipeline.errors import SampleError
 DIED, HUNG = "decoder died", "decoder hung"
 READY = b"+"
 
+_log = logging.getLogger(__name__)
+
 _CRASHES = frozenset(
     (
         *(signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE),
@@ -44,7 +47,6 @@ _CRASHES = frozenset(
 )
 _START_LIMIT_S = 120.0  # to import what it needs, on a slow file system too
 _WALL_TIMES = 4  # the limit of CPU time: so long may it take on a busy machine
-_GRACE_S = 5  # between the kernel's request to end and its kill
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
@@ -101,10 +103,15 @@ def run_probe(command: list[str], data: bytes, limit_s: float) -> str | None:
     The command confines itself, writes a byte when it is ready, and reads.
     """
     for _ in range(2):
-        reason, is_certain = _judge(command, data, limit_s)
-        if is_certain:
-            break
-    return reason
+        code = _run(command, data, limit_s)
+        if code == 0:
+            return None
+        if -code in _CRASHES:
+            return f"{DIED}: {signal.Signals(-code).name}"
+        if -code == signal.SIGXCPU:
+            return f"{HUNG}: no end within {limit_s:g} s of CPU time"
+    _log.warning("the probe of an image ended with exit code %d, twice: it is not judged", code)
+    return None
 
 
 def confine(parent: int, limit_s: float) -> None:
@@ -117,27 +124,12 @@ def confine(parent: int, limit_s: float) -> None:
             os._exit(1)
     end_s = math.ceil(time.process_time() + limit_s)
     _, most_s = resource.getrlimit(resource.RLIMIT_CPU)
-    if most_s == resource.RLIM_INFINITY or most_s > end_s + _GRACE_S:
-        most_s = end_s + _GRACE_S
-    resource.setrlimit(resource.RLIMIT_CPU, (min(end_s, most_s), most_s))
+    if most_s == resource.RLIM_INFINITY or end_s < most_s:
+        resource.setrlimit(resource.RLIMIT_CPU, (end_s, most_s))
 
 
-def _judge(command: list[str], data: bytes, limit_s: float) -> tuple[str | None, bool]:
-    """What one run of a probe shows, and whether another could show anything else."""
-    before_s = _children_cpu_s()
-    code = _run(command, data, limit_s)
-    if code == 0:
-        return None, True
-    if code is not None and -code in _CRASHES:
-        return f"{DIED}: {signal.Signals(-code).name}", True
-    has_used_it_up = code is None and _children_cpu_s() - before_s > limit_s
-    if has_used_it_up or code == -signal.SIGXCPU:
-        return f"{HUNG}: no end within {limit_s:g} s of CPU time", True
-    return None, False
-
-
-def _run(command: list[str], data: bytes, limit_s: float) -> int | None:
-    """The exit code of a probe; None for one that had to be ended."""
+def _run(command: list[str], data: bytes, limit_s: float) -> int:
+    """The exit code of a probe; that of SIGKILL for one that took too much wall time."""
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as child:
@@ -145,11 +137,9 @@ def _run(command: list[str], data: bytes, limit_s: float) -> int | None:
             _wait_until_ready(child)
             child.communicate(data, _WALL_TIMES * limit_s)
         except subprocess.TimeoutExpired:
+            pass
+        finally:
             child.kill()
-            return None
-        except BaseException:
-            child.kill()
-            raise
     return child.returncode
 
 
@@ -161,12 +151,6 @@ def _wait_until_ready(child: "subprocess.Popen[bytes]") -> None:
         if not selector.select(_START_LIMIT_S):
             raise subprocess.TimeoutExpired(child.args, _START_LIMIT_S)
     child.stdout.read(1)
-
-
-def _children_cpu_s() -> float:
-    """CPU time of all children that have ended."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
 
 
 def main() -> None:

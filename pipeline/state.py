@@ -73,10 +73,10 @@ def _check(mine: State, state: State, settings: Mapping[str, str]) -> None:
 
 
 def _check_data_set(setting: str, mine: State, its: State) -> None:
-    if mine["attempt"] != its["attempt"]:
+    if mine["version"] == its["version"] and mine["attempt"] != its["attempt"]:
         raise UsageError(
-            f"{setting} is {mine['dataset']}, but the checkpoint was written with another data set, "
-            f"then {its['dataset']}: version {mine['version']} of yours was committed as "
-            f"{mine['attempt']}, of that one as {its['attempt']}; set it back (or to a copy of it), "
-            f"or start a new run under another checkpoint.run"
+            f"{setting} is {mine['dataset']}, but the checkpoint was written with another data set "
+            f"({its['dataset']}): its version {its['version']} was committed as {its['attempt']}, "
+            f"yours as {mine['attempt']}; set it back, to that one or a copy of it, or start a new "
+            f"run under another checkpoint.run"
         )

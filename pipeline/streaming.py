@@ -8,14 +8,18 @@ process do the work: a stream is the way to a first look, and adopting the shard
 
 An image that cannot be used is left out, entered in the quarantine, and the next one takes its
 slot. Crops and colours are a function of (seed, epoch, slot): a slot is numbered over all ranks.
+
+Memory of a rank: `loader.shuffle_samples` encoded images that wait to be shuffled, fewer where they
+would take more than `loader.budget_bytes`, and some dozens on their way to the decoders; and
+prefetch_batches + 1 batches of uint8 crops.
 """
 
 import logging
 import queue
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment import AugmentConfig, AugmentParams, draw_augment
+from pipeline.augment import AugmentConfig, AugmentParams, draw_groups
 from pipeline.augment_device import augment
 from pipeline.augment_host import augment_pixels, normalize_into
 from pipeline.cores import usable_cores
@@ -50,6 +54,7 @@ LOST = (
 _JOBS_PER_THREAD = 4  # of a batch, so that its threads finish together
 _READ_AHEAD = 64  # images between the stream and the decoding threads, beside those shuffled
 _GLANCE_S = 0.2  # how long a thread waits before it looks whether all is over
+_END_S = 2.0  # how long closing waits for a read that a store does not answer
 _POSITION = ("epoch", "step")
 
 _log = logging.getLogger(__name__)
@@ -62,7 +67,8 @@ class StreamingLoader:
     workers, and `epoch_samples` is what counts as an epoch: nobody knows how many images there are.
 
     Raises UsageError for a data set or sizes that do not fit; while iterating, StoreError when a
-    store stays out of reach, DataError when more than `max_bad_samples` images were bad, or all.
+    store stays out of reach, DataError when more than `max_bad_samples` images were bad (of several
+    ranks, the trainer counts those of all; left to itself, one fails a batch late), or all.
     """
 
     def __init__(
@@ -92,14 +98,16 @@ class StreamingLoader:
         self.epochs = epochs
         self.num_samples = config.epoch_samples
         self.telemetry = Telemetry(record_spans=record_spans)
+        known = list(quarantine)
         self.quarantine = Quarantine(
-            config.dataset, limit=config.max_bad_samples, entries=quarantine
+            config.dataset, limit=config.max_bad_samples, entries=known, world_size=world_size
         )
-        self._known = {bad.number for bad in self.quarantine.known()}  # not to be met again
+        self._known = {entry["number"] for entry in known}  # not to be met again
         self._stream = TarStream(
             expand_tars(config.dataset),
             seed=seed,
             shuffle_samples=config.shuffle_samples,
+            budget_bytes=config.budget_bytes,
             telemetry=self.telemetry,
             rank=rank,
             world_size=world_size,
@@ -149,7 +157,7 @@ class StreamingLoader:
                 "is not; set loader.dataset back, or start a new run under another checkpoint.run"
             )
         for name, mine in self.state_dict().items():
-            if name not in _POSITION and state.get(name) != mine:
+            if name not in state or (name not in _POSITION and state[name] != mine):
                 raise UsageError(
                     f"the checkpoint was written with {name}={state.get(name)!r} of the loader, "
                     f"now it is {mine!r}; set it back, or start a new run under another "
@@ -168,7 +176,7 @@ class StreamingLoader:
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         samples = self._stream.samples(self._epoch, self._step, is_known=self._known.__contains__)
-        work = self._work = _Work(samples, self._num_threads)
+        work = self._work = _Work(samples, self._num_threads, self._stream.close)
         positions = self._positions(self._epoch, self._step)
         free = [self._new_blocks() for _ in range(self.config.prefetch_batches + 1)]
         pending: deque[_Filling] = deque()
@@ -187,7 +195,7 @@ class StreamingLoader:
             work.stop()
 
     def close(self) -> None:
-        """Stop the threads; nothing is left behind."""
+        """Stop the threads; nothing is left behind, but for a few seconds a read under way."""
         if self._work is not None:
             self._work.stop()
             self._work = None
@@ -222,7 +230,7 @@ class StreamingLoader:
     def _fill(self, work: "_Work", filling: "_Filling", rows: slice) -> list[BadSample]:
         """Fill some rows of a batch with the next images that can be used; returns the others.
 
-        Leaves off once those are more than the run allows, by themselves.
+        Leaves off once those are more than the run allows, by themselves: it ends with this batch.
         """
         blocks = [block[:, rows] for block in filling.blocks]
         bad: dict[int, BadSample] = {}
@@ -263,35 +271,39 @@ class StreamingLoader:
 
     def _colour(self, epoch: int, slots: Int64, blocks: Sequence[UInt8]) -> None:
         with self.telemetry.timed("colour_s"):
-            for block, first in _with_first_crop(blocks):
-                augment_pixels(block, self._draw(epoch, slots, range(first, first + len(block))))
+            for block, params in zip(blocks, self._draw(epoch, slots, blocks), strict=True):
+                augment_pixels(block, params)
 
-    def _draw(self, epoch: int, slots: Int64, crops: range) -> AugmentParams:
-        return draw_augment(
-            self.augmentation, seed=self.seed, epoch=epoch, samples=slots, crop_indices=crops
+    def _draw(self, epoch: int, slots: Int64, blocks: Sequence[UInt8]) -> Iterator[AugmentParams]:
+        """What happens to the colours of each block."""
+        return draw_groups(
+            self.augmentation, map(len, blocks), seed=self.seed, epoch=epoch, samples=slots
         )
 
     def _finish(self, filling: "_Filling") -> Batch:
         """Wait for a batch and bring it to the device."""
         with self.telemetry.timed("data_wait_s"):
-            bad = [each for job in filling.jobs for each in job.result()]
+            bad = _results(filling.jobs)
         self.telemetry.add(substituted_samples=len(bad))
-        for each in bad:
-            self.quarantine.add(each, epoch=filling.epoch, step=filling.step, substitute=-1)
+        replaced = [(each, -1) for each in bad]
+        self.quarantine.add_batch(replaced, epoch=filling.epoch, step=filling.step)
         with self.telemetry.timed("augment_s"):
-            crops = [
-                self._to_device(filling, block, first)
-                for block, first in _with_first_crop(filling.blocks)
-            ]
+            crops = self._to_device(filling)
         return Batch(filling.epoch, filling.step, filling.slots, crops)
 
-    def _to_device(self, filling: "_Filling", block: UInt8, first: int) -> torch.Tensor:
+    def _to_device(self, filling: "_Filling") -> list[torch.Tensor]:
         if self.device.type == "cpu":
-            normalized = self._lender.lend(block.shape)
-            normalize_into(block, normalized, self.augmentation)
-            return _as_crops(normalized)
-        params = self._draw(filling.epoch, filling.slots, range(first, first + len(block)))
-        return augment(_as_crops(block).to(self.device), params, self.augmentation)
+            return [self._normalize(block) for block in filling.blocks]
+        params = self._draw(filling.epoch, filling.slots, filling.blocks)
+        return [
+            augment(_as_crops(block).to(self.device), each, self.augmentation)
+            for block, each in zip(filling.blocks, params, strict=True)
+        ]
+
+    def _normalize(self, block: UInt8) -> torch.Tensor:
+        normalized = self._lender.lend(block.shape)
+        normalize_into(block, normalized, self.augmentation)
+        return _as_crops(normalized)
 
 
 @dataclass
@@ -305,15 +317,28 @@ class _Filling:
     jobs: list[Future[list[BadSample]]] = field(default_factory=list)
 
 
-class _StoppedError(Exception):
-    """The loader was closed while a thread waited."""
+class _StoppedError(UsageError):
+    """The loader was closed while somebody waited."""
+
+    def __init__(self) -> None:
+        super().__init__("this iteration has ended: the loader was closed or begun again")
 
 
 class _Work:
-    """The threads of one iteration: one follows the stream, others decode."""
+    """The threads of one iteration: one follows the stream, others decode.
 
-    def __init__(self, samples: Generator[RawSample, None, None], num_threads: int) -> None:
+    Args:
+        end_stream: lets a follower that reads end soon; called while this is the stream's reader.
+    """
+
+    def __init__(
+        self,
+        samples: Generator[RawSample, None, None],
+        num_threads: int,
+        end_stream: Callable[[], None],
+    ) -> None:
         self._samples = samples
+        self._end_stream = end_stream
         self._ahead: queue.Queue[RawSample | BaseException] = queue.Queue(_READ_AHEAD)
         self._stopped = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="stream", daemon=True)
@@ -334,10 +359,16 @@ class _Work:
         raise _StoppedError
 
     def stop(self) -> None:
-        """End the threads now; more than once is no error."""
+        """End the threads now; more than once is no error, and does nothing.
+
+        A follower that waits for a store which does not answer ends by itself, later.
+        """
+        if self._stopped.is_set():
+            return
         self._stopped.set()
+        self._end_stream()
         self.threads.shutdown(wait=True, cancel_futures=True)
-        self._follower.join()
+        self._follower.join(_END_S)
 
     def _follow(self) -> None:
         try:
@@ -365,17 +396,16 @@ class _Work:
             return
 
 
+def _results(jobs: Iterable[Future[list[BadSample]]]) -> list[BadSample]:
+    try:
+        return [each for job in jobs for each in job.result()]
+    except CancelledError:
+        raise _StoppedError from None
+
+
 def _as_crops(block: NDArray[Any]) -> torch.Tensor:
     """A block [count, B, s, s, 3] as crops [count * B, 3, s, s], channels last."""
     return torch.from_numpy(block).flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _with_first_crop(blocks: Sequence[UInt8]) -> Iterator[tuple[UInt8, int]]:
-    """Each block with the number of its first crop."""
-    first = 0
-    for block in blocks:
-        yield block, first
-        first += len(block)
 
 
 def _check_sizes(global_batch: int, epoch_samples: int, world_size: int) -> None:

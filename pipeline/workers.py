@@ -7,9 +7,9 @@ or that has had one image in its hands for too long. So a worker that dies of an
 or by a signal costs its unfinished batches and a second, whatever the training loop does just then.
 
 What its threads held when it ended are suspects: the successor tries each in a process of its own
-first (pipeline.probe), and what kills or hangs that is a bad sample like others, so the batches
-stay those of the data. One that dies three times without finishing a batch ends the run, with what
-it held.
+first (pipeline.probe), and what crashes that, or does not end there, is a bad sample like others,
+so the batches stay those of the data. A successor that dies meanwhile hands its suspects on. One
+that dies three times without finishing a batch ends the run, with what it held.
 
 With `in_process` the same code runs in threads of this process, for tests and debuggers; then
 nobody can replace it.
@@ -33,9 +33,10 @@ from socket import SHUT_RDWR, socket, socketpair
 from pipeline.batches import Share
 from pipeline.errors import DataError, UsageError
 from pipeline.messages import Assignment, Condemned, Done, Failed
+from pipeline.ranges import READER_ENVIRONMENT
 from pipeline.ring import Ring
 from pipeline.telemetry import Telemetry
-from pipeline.worker import serve
+from pipeline.worker import receive, serve
 
 _MAX_DEATHS = 3  # in a row, without a batch between them
 _START_LIMIT_S = 120.0  # for a worker to import what it needs, on a slow file system too
@@ -81,11 +82,18 @@ class Workers:
         self._failure: BaseException | None = None
         self._news = threading.Condition()
         self._closing = threading.Event()
+        self._pid = os.getpid()
+        self._threads: list[threading.Thread] = []
         kind = _ThreadWorker if in_process else _ProcessWorker
         self._workers = [kind(number, share, step) for number, share in enumerate(shares)]
-        self._threads = [self._thread(self._listen, worker) for worker in self._workers]
-        if not in_process:
-            self._threads.append(self._thread(self._watch))
+        try:
+            for worker in self._workers:
+                self._begin(self._listen, worker)
+            if not in_process:
+                self._begin(self._watch)
+        except BaseException:
+            self.close()
+            raise
 
     def allow(self, limit: int) -> None:
         """Let the steps before `limit` be filled: their slots are free."""
@@ -115,17 +123,22 @@ class Workers:
         return [done[worker.number] for worker in self._workers]
 
     def close(self) -> None:
-        """End all workers and wait for their end; more than once is no error."""
+        """End all workers and wait for their end; more than once is no error.
+
+        In a process that was forked off it does nothing: the workers are not that one's. One of our
+        own threads (a garbage collection can happen anywhere) waits for nobody.
+        """
+        if os.getpid() != self._pid:
+            return
         self._fail(UsageError("this iteration has ended: the loader was closed or begun again"))
         self._closing.set()
         for worker in self._workers:
             worker.hang_up()
-        for thread in self._threads:
-            thread.join()
-        for worker in self._workers:
-            worker.end()
+        if threading.current_thread() not in self._threads:
+            for thread in self._threads:
+                thread.join()
 
-    def _thread(self, function: Callable[..., None], *args: object) -> threading.Thread:
+    def _begin(self, function: Callable[..., None], *args: object) -> None:
         def run() -> None:
             try:
                 function(*args)
@@ -134,19 +147,26 @@ class Workers:
 
         thread = threading.Thread(target=run, name="workers", daemon=True)
         thread.start()
-        return thread
+        self._threads.append(thread)
 
-    def _start(self, worker: "_Worker", suspects: Sequence[int] = ()) -> None:
-        self._ring.pulse(worker.number).clear()
+    def _start(self, worker: "_Worker") -> None:
         with self._news:  # what a predecessor finished out of turn is written once more
             for step, done in self._done.items():
                 if step >= worker.step:
                     done.pop(worker.number, None)
-        worker.start(self._ring, suspects, self._timeout_s)
+        worker.start(self._ring, self._timeout_s)
         with self._news:
             worker.send(self._limit)
 
     def _listen(self, worker: "_Worker") -> None:
+        """Look after a worker from its start to its end."""
+        try:
+            self._converse(worker)
+        finally:
+            worker.hang_up()
+            worker.end()
+
+    def _converse(self, worker: "_Worker") -> None:
         """Start a worker and take what it sends; replace it whenever it is gone."""
         self._start(worker)
         while not self._closing.is_set():
@@ -163,6 +183,7 @@ class Workers:
         elif isinstance(message, Condemned):
             known = (*worker.share.known, *message.bad)
             worker.share = replace(worker.share, known=known)
+            worker.suspects = ()
         elif isinstance(message, Done):
             spans = [s._replace(thread=f"worker {worker.number}/{s.thread}") for s in message.spans]
             self._telemetry.merge(message.sums, spans)
@@ -175,11 +196,13 @@ class Workers:
         """Start another in the place of one that is gone, unless too many have died there."""
         why = worker.bury()
         numbers = [held.number for held in self._ring.pulse(worker.number).in_hand()]
+        worker.suspects = tuple(dict.fromkeys((*worker.suspects, *numbers)))
+        suspects = ", ".join(map(str, worker.suspects)) or "none"
         epoch, step = divmod(worker.step, self._num_steps)
         where = (
             f"loader worker {worker.number} of rank {self._rank} (lanes {worker.share.lanes.start} "
             f"to {worker.share.lanes.stop - 1}) {why} at step {step} of epoch {epoch}, decoding "
-            f"samples {', '.join(map(str, numbers)) or 'none'} of {_names(worker.share)}"
+            f"samples {suspects} of {_names(worker.share)}"
         )
         self._telemetry.add(worker_restarts=1)
         if worker.deaths >= _MAX_DEATHS:
@@ -189,15 +212,16 @@ class Workers:
                 f"loader.workers=0 all happens in the training process, for a debugger to look at"
             )
         _log.warning("%s; starting another", where)
-        self._start(worker, numbers)
+        self._start(worker)
 
     def _watch(self) -> None:
         """Kill workers that do not move: whoever listens to them replaces them."""
         while not self._closing.wait(_LOOK_S):
             for worker in self._workers:
+                judged = worker.num_starts
                 why = self._stuck(worker)
                 if why is not None:
-                    worker.kill(why)
+                    worker.kill(why, judged)
 
     def _stuck(self, worker: "_Worker") -> str | None:
         pulse = self._ring.pulse(worker.number)
@@ -226,21 +250,23 @@ class _Worker:
         self.share = share
         self.step = step  # the first that is not finished
         self.deaths = 0  # since that changed
+        self.suspects: tuple[int, ...] = ()  # held by those who died, and not yet probed
+        self.num_starts = 0
         self._finished: set[int] = set()  # beyond it
         self._socket: socket | None = None
         self._connection: Connection | None = None
         self._started_s = 0.0
         self._hung_up = False
-        self._lock = threading.Lock()  # of starting, killing and hanging up
+        self._lock = threading.RLock()  # of who sits here and of the line; `close` may interrupt us
 
-    def start(self, ring: Ring, suspects: Sequence[int], probe_limit_s: float) -> None:
+    def start(self, ring: Ring, probe_limit_s: float) -> None:
         """Let another begin at the first unfinished step, unless all is over."""
         assignment = Assignment(
             share=self.share,
             layout=ring.layout,
             worker=self.number,
             step=self.step,
-            suspects=tuple(suspects),
+            suspects=self.suspects,
             probe_limit_s=probe_limit_s,
         )
         with self._lock:
@@ -249,18 +275,21 @@ class _Worker:
             self._drop_connection()
             self._finished.clear()
             self._started_s = time.monotonic()
+            ring.pulse(self.number).clear()
+            self.num_starts += 1  # last: who sees it sees no trace of a predecessor
             self._socket, theirs = socketpair()
             with theirs:
                 self._launch(theirs, assignment, ring)
             connection = Connection(os.dup(self._socket.fileno()))
         with suppress(OSError):  # it has died already: whoever listens will see
-            connection.send(assignment)
-        self._connection = connection  # now: the assignment comes before all else
+            connection.send(assignment)  # without the lock: it waits for the worker to read
+        with self._lock:
+            self._connection = connection  # now: the assignment comes before all else
 
     def send(self, limit: int) -> None:
         """Tell it, if it lives; a dead one's successor is told when it starts."""
-        if self._connection is not None:
-            with suppress(OSError):
+        with self._lock, suppress(OSError):
+            if self._connection is not None:
                 self._connection.send(limit)
 
     def receive(self) -> object:
@@ -296,10 +325,11 @@ class _Worker:
     def end(self) -> None:
         """Wait until it is gone, and drop what belonged to it."""
         self._wait()
-        self._drop_connection()
+        with self._lock:
+            self._drop_connection()
 
-    def kill(self, why: str) -> None:
-        """End it at once, where that can be done."""
+    def kill(self, why: str, judged: int) -> None:
+        """End it at once, where that can be done, if it is the one that started as `judged`th."""
 
     def _drop_connection(self) -> None:
         for end in (self._connection, self._socket):
@@ -320,9 +350,11 @@ class _ProcessWorker(_Worker):
     _process: subprocess.Popen[bytes] | None = None
     _why_killed = ""
 
-    def kill(self, why: str) -> None:
+    def kill(self, why: str, judged: int) -> None:
         with self._lock:
-            if self._process is not None and self._process.poll() is None:
+            if self.num_starts != judged or self._process is None:
+                return
+            if self._process.poll() is None:
                 self._why_killed = why
                 self._process.kill()
 
@@ -359,7 +391,9 @@ class _ThreadWorker(_Worker):
     def _launch(self, theirs: socket, assignment: Assignment, ring: Ring) -> None:
         def run(connection: Connection) -> None:
             with connection:
-                serve(connection, connection.recv(), ring)
+                assignment = receive(connection)
+                if assignment is not None:
+                    serve(connection, assignment, ring)
 
         connection = Connection(theirs.detach())
         self._thread = threading.Thread(target=run, args=(connection,), name="worker", daemon=True)
@@ -372,10 +406,11 @@ class _ThreadWorker(_Worker):
 
 
 def _environment() -> dict[str, str]:
-    """Ours; our packages can be imported from anywhere, numerical libraries are modest."""
+    """Ours; our packages can be imported from anywhere, libraries are modest."""
     folders = [folder or str(Path.cwd()) for folder in sys.path]
     threads = dict.fromkeys(_ONE_THREAD, "1")
-    return os.environ | threads | {"PYTHONPATH": os.pathsep.join(folders)}
+    path = {"PYTHONPATH": os.pathsep.join(folders)}
+    return READER_ENVIRONMENT | os.environ | threads | path
 
 
 def _name(number: int) -> str:

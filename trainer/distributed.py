@@ -56,11 +56,11 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
-    def any(self, value: bool) -> bool:
-        """Whether `value` holds on some rank. The ranks wait for each other, no device is asked."""
-        found = torch.tensor([value], dtype=torch.uint8)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.host_group)
-        return bool(found)
+    def sum(self, *values: int) -> list[int]:
+        """The sum over ranks of each value. The ranks wait for each other, no device is asked."""
+        total = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(total, group=self.host_group)
+        return total.tolist()
 
     def mean(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Means over ranks of a few numbers: float64 [len(values)] on this rank's device."""

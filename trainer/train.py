@@ -26,7 +26,7 @@ from annotated_types import Ge, Gt
 from pipeline.config import dump_config
 from pipeline.errors import CropstreamError, TrainingError, UsageError
 from pipeline.loader import Batch, MultiCropLoader
-from pipeline.quarantine import in_order
+from pipeline.quarantine import Entry, in_order
 from pipeline.streaming import StreamingLoader
 from pipeline.tars import names_tars
 from trainer.checkpoint import Checkpoints
@@ -92,7 +92,9 @@ def train(config: "Config", world: World) -> int:
                 freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
                 group=dist.group.WORLD,
             )
-            done, stopping = step + 1, world.any(stop.is_set())
+            stopping, num_found = world.sum(stop.is_set(), run.loader.quarantine.num_found)
+            run.check_quarantine(num_found)
+            done = step + 1
             ending = stopping or done == total_steps
             logging = done % config.train.log_every_steps == 0 or ending
             saving = done % config.checkpoint.every_steps == 0 or ending
@@ -120,6 +122,7 @@ class _Run:
     loader: Loader
     engine: Engine
     queue: FeatureQueue | None
+    num_found: int = 0  # of all ranks, of bad samples, when they were last looked at
     first_step: int = 0
     changes: list[str] = field(default_factory=list)  # of settings, since the checkpoint
     history: bytes = b""  # metrics of before we were started, on rank 0
@@ -130,12 +133,27 @@ class _Run:
         self.changes = changed_settings(state["config"], dump_config(self.config))
         self.history = self.checkpoints.metrics(checkpoint)
 
-    def save(self, step: int, log: MetricsLog | None) -> None:
+    def check_quarantine(self, num_found: int) -> None:
+        """Raise DataError, told once, when all ranks together have met too many bad samples.
+
+        num_found: sum over ranks. It is the same on all of them, so they look at the same step.
+        """
+        quarantine = self.loader.quarantine
+        if num_found > self.num_found and quarantine.may_be_over(num_found):
+            self.num_found = num_found
+            found = self.gather_quarantine()
+            together(self.world, lambda: quarantine.check(found))
+
+    def gather_quarantine(self) -> list[Entry]:
+        """The bad samples that some rank has met by now, or an earlier run."""
         position = self.loader.state_dict()
         found = self.loader.quarantine.before(position["epoch"], position["step"])
+        return in_order(each for part in self.world.gather(found) for each in part)
+
+    def save(self, step: int, log: MetricsLog | None) -> None:
         state = {
-            "loader": position,
-            "quarantine": in_order(each for part in self.world.gather(found) for each in part),
+            "loader": self.loader.state_dict(),
+            "quarantine": self.gather_quarantine(),
             "config": dump_config(self.config),
         }
         metrics = log.all_lines() if log else b""
@@ -188,7 +206,6 @@ def together(world: World, build: Callable[[], T]) -> T:
 
 def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> Loader:
     """Of the packed data sets of the configuration, or of plain tars."""
-    hosts = world.gather(socket.gethostname())
     build: Callable[..., Loader] = partial(MultiCropLoader, fetch=config.fetch)
     if names_tars(config.loader.dataset):
         build = StreamingLoader
@@ -199,12 +216,22 @@ def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None)
         seed=config.train.seed,
         rank=world.rank,
         world_size=world.world_size,
-        local_world_size=hosts.count(socket.gethostname()),
+        local_world_size=num_core_sharers(world),
         device=world.device,
         epochs=config.train.epochs,
         state=checkpoint.state["loader"] if checkpoint else None,
         quarantine=checkpoint.state["quarantine"] if checkpoint else (),
     )
+
+
+def num_core_sharers(world: World) -> int:
+    """How many ranks have the cores of this one, itself included.
+
+    Not all of a host: deepspeed's --bind_cores_to_rank and Slurm give each rank cores of its own.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    mine = (socket.gethostname(), cores)
+    return world.gather(mine).count(mine)
 
 
 def _build_engine(config: "Config", world: World) -> Engine:

@@ -5,6 +5,8 @@ what concerns the processes themselves is in test_worker.py.
 """
 
 import json
+import shutil
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -250,11 +252,10 @@ def test_what_does_not_fit_is_refused(folder):
 
 
 def test_nothing_is_left_running(folder):
-    import threading
-
-    before = threading.active_count()
+    before = set(threading.enumerate())
     take(loader_of(folder), 3)
-    assert threading.active_count() == before
+    left = {thread.name.split("_")[0] for thread in set(threading.enumerate()) - before}
+    assert left <= {"fetch", "file", "asyncio"}, "the loop of all reading stays with the process"
     assert open_store(folder).head("snapshots/v000001.parquet") is not None
 
 
@@ -364,14 +365,46 @@ def test_bad_samples_of_a_mixture_are_told_by_global_number_and_url(mix):
     assert known.quarantine.before(3, 0) == found
 
 
-def test_what_is_known_to_be_bad_is_not_read_again(folder):
-    sorted(Path(folder, "data").rglob("*.tar"))[1].unlink()
+@pytest.mark.parametrize(("reason", "is_read"), [("decoder died: signal 11", False), ("", True)])
+def test_of_what_is_known_to_be_bad_only_the_deadly_is_not_read_again(folder, reason, is_read):
+    tar = sorted(Path(folder, "data").rglob("*.tar"))[1]
+    clean = take(loader_of(folder, epochs=1), 1000)
+    away = tar.rename(tar.with_suffix(".away"))
     first = loader_of(folder, epochs=1)
     batches = take(first, 1000)
-    again = loader_of(folder, epochs=1, quarantine=first.quarantine.before(1, 0))
-    assert_same(take(again, 1000), batches)
-    assert again.telemetry.total("fetch_requests") < first.telemetry.total("fetch_requests")
-    assert again.telemetry.total("substituted_samples") == 16
+    found = first.quarantine.before(1, 0)
+    away.rename(tar)
+    known = [entry | {"reason": reason or entry["reason"]} for entry in found]
+    again = loader_of(folder, epochs=1, quarantine=known)
+    assert_same(take(again, 1000), clean if is_read else batches)
+    assert again.telemetry.total("substituted_samples") == (0 if is_read else 16)
+
+
+def test_what_comes_back_comes_back_to_a_resumed_run_as_well(folder):
+    second = take(loader_of(folder, epochs=2), 1000)[COUNT // 8 :]
+    tar = sorted(Path(folder, "data").rglob("*.tar"))[1]
+    away = tar.rename(tar.with_suffix(".away"))
+    first = loader_of(folder)
+    take(first, COUNT // 8)
+    found = first.quarantine.before(1, 0)
+    away.rename(tar)
+    resumed = loader_of(folder, epochs=2, state=first.state_dict(), quarantine=found)
+    assert_same(take(resumed, 1000), second)
+    assert resumed.quarantine.before(2, 0) == found
+
+
+def test_what_cannot_start_leaves_nothing_open(folder):
+    """No thread can be started with a stack as large as all addresses: a real failure."""
+    with loader_of(folder) as loader:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        size = threading.stack_size(1 << 46)
+        try:
+            with pytest.raises(RuntimeError, match="start new thread"):
+                next(iter(loader))
+        finally:
+            threading.stack_size(size)
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+        assert len(next(iter(loader)).crops) == 2
 
 
 def test_a_state_that_says_otherwise_is_refused_by_the_name_of_the_setting(mix, folder):
@@ -388,11 +421,45 @@ def test_a_state_that_says_otherwise_is_refused_by_the_name_of_the_setting(mix, 
         loader_of(mix, state=state, lanes=2)
     with pytest.raises(UsageError, match=r"train\.seed is 3, .* written with 4"):
         loader_of(mix, state=state | {"seed": 4})
-    with pytest.raises(UsageError, match="wrote the loader's state otherwise"):
-        loader_of(folder, state={"epoch": 0, "step": 3, "lanes": 4})
+    for name in ("seed", "lanes", "sources"):
+        less = {key: value for key, value in state.items() if key != name}
+        with pytest.raises(UsageError, match=f"state otherwise, without {name};"):
+            loader_of(mix, state=less)
+    for name in ("attempt", "chunk"):
+        less = [{k: v for k, v in each.items() if k != name} for each in state["sources"]]
+        with pytest.raises(UsageError, match=f"state otherwise, without {name} of sources;"):
+            loader_of(mix, state=state | {"sources": less})
     loader = loader_of(folder)
     with pytest.raises(UsageError, match=r"loader\.window is 2, .* written with 3"):
         loader.load_state_dict(loader_of(folder, window=3).state_dict())
+
+
+def test_a_seed_of_0_is_a_seed(folder):
+    config = loader_of(folder).config
+    state = MultiCropLoader(config, CROPS, AugmentConfig(), seed=0).state_dict()
+    same = MultiCropLoader(config, CROPS, AugmentConfig(), seed=0, state=state)
+    assert same.mixture.seed == 0
+    with pytest.raises(UsageError, match=r"train\.seed is 3, .* written with 0"):
+        loader_of(folder, state=state)
+    with pytest.raises(UsageError, match=r"train\.seed is 0, .* written with 3"):
+        MultiCropLoader(
+            config, CROPS, AugmentConfig(), seed=0, state=loader_of(folder).state_dict()
+        )
+
+
+def test_another_data_set_in_the_place_of_one_is_refused_and_a_copy_is_not(tmp_path):
+    for name in ("one", "two"):
+        write_dataset(str(tmp_path / name), pictures(48))
+    one, two = (MixPart(dataset=str(tmp_path / name)) for name in ("one", "two"))
+    state = json.loads(json.dumps(loader_of((one, two)).state_dict()))
+    with pytest.raises(UsageError, match=r"mix\[0\]\.dataset is .*/two, .* data set \(.*/one"):
+        loader_of((two, one), state=state)
+    copy = MixPart(dataset=str(shutil.copytree(one.dataset, tmp_path / "copy")))
+    loader_of((copy, two), state=state)
+    alone = loader_of(one.dataset).state_dict()
+    with pytest.raises(UsageError, match=r"loader\.dataset is .*/two, "):
+        loader_of(two.dataset, state=alone)
+    loader_of(copy.dataset, state=alone)
 
 
 def test_one_data_set_or_a_mixture():

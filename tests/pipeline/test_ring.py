@@ -2,14 +2,17 @@
 
 import gc
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.ring import Ring, RingLayout
+from pipeline.errors import UsageError
+from pipeline.ring import FETCH_LOOP, INTERPRETER, Ring, RingLayout
 from tests.support.launch import ROOT
 
 LAYOUT = RingLayout(
@@ -24,7 +27,7 @@ def test_slots_do_not_overlap_and_are_whole_pages():
             assert block.shape == LAYOUT.shapes[number]
             assert block.flags.c_contiguous
             block[:] = 10 * slot + number + 1
-    ring.pulse(1).beat()
+    ring.pulse(1).beat(INTERPRETER)
     for slot in range(3):
         for number, block in enumerate(ring.blocks(slot)):
             assert (block == 10 * slot + number + 1).all()
@@ -35,12 +38,13 @@ def test_slots_do_not_overlap_and_are_whole_pages():
 
 _CHILD = """
 import sys, time
-from pipeline.ring import Ring, RingLayout
+from pipeline.ring import FETCH_LOOP, INTERPRETER, Ring, RingLayout
 from tests.pipeline.test_ring import LAYOUT
 ring = Ring(LAYOUT, int(sys.argv[1]))
 ring.blocks(2)[1][2, 3] = 7
 pulse = ring.pulse(1)
-pulse.beat()
+pulse.beat(INTERPRETER)
+pulse.beat(FETCH_LOOP)
 with pulse.holding(1, 123):
     import os; os.kill(os.getpid(), 9)
 """
@@ -63,6 +67,39 @@ def test_what_a_process_wrote_and_held_outlives_it():
     assert 0 <= held.age_s <= age_s
     assert ring.pulse(0).in_hand() == []
     assert ring.pulse(0).beat_age_s() is None
+    ring.close()
+
+
+def test_a_worker_is_as_old_as_what_moved_longest_ago():
+    ring = Ring.create(LAYOUT)
+    pulse = ring.pulse(0)
+    for first, second in ((INTERPRETER, FETCH_LOOP), (FETCH_LOOP, INTERPRETER)):
+        pulse.clear()
+        pulse.beat(first)
+        assert pulse.beat_age_s() is None, "nothing of the other yet"
+        time.sleep(0.05)
+        pulse.beat(second)
+        age_s = pulse.beat_age_s()
+        assert age_s is not None
+        assert age_s >= 0.05
+    ring.close()
+
+
+def test_a_ring_without_room_says_what_to_lower():
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LAYOUT.slot_bytes, limits[1]))
+    try:
+        with pytest.raises(UsageError, match=r"3 batches of .* lower loader\.prefetch_batches"):
+            Ring.create(LAYOUT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_the_whole_ring_is_allocated_at_once():
+    ring = Ring.create(LAYOUT)
+    assert os.fstat(ring.fd).st_blocks * 512 >= LAYOUT.size_bytes
     ring.close()
 
 

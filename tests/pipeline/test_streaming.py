@@ -1,3 +1,4 @@
+import socket
 import threading
 import time
 from itertools import islice
@@ -203,6 +204,53 @@ def test_nothing_is_left_running(tmp_path):
     loader.close()
     assert time.monotonic() - start < 30
     assert set(threading.enumerate()) == before
+
+
+def test_the_images_held_are_bounded_by_their_bytes(tmp_path):
+    """With room for none, nothing is shuffled; with room for all, everything is."""
+    dataset = write_tars(tmp_path, pictures(40), count=1)
+    orders = []
+    for budget_bytes in (1, 1 << 30):
+        config = {"budget_bytes": budget_bytes, "shuffle_samples": 1000}
+        with open_loader(dataset, config) as loader:
+            stream = loader._stream.samples(0, 0)
+            orders.append([sample.key for sample in islice(stream, 40)])
+    assert orders[0] == sorted(orders[1])
+    assert orders[0] != orders[1]
+
+
+def test_closing_does_not_wait_for_a_store_that_never_answers(tmp_path):
+    said = []
+
+    def ask() -> None:
+        try:
+            next(iter(loader))
+        except UsageError as error:
+            said.append(str(error))
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        with open_loader(f"http://127.0.0.1:{port}/0.tar", {"epoch_samples": BATCH}) as loader:
+            asking = threading.Thread(target=ask)
+            asking.start()
+            connection, _ = silent.accept()  # it waits for an answer now
+            with connection:
+                loader.close()
+                (follower,) = [each for each in threading.enumerate() if each.name == "stream"]
+                assert follower.is_alive(), "what it waits for is not awaited"
+        asking.join(30)
+        assert said == ["this iteration has ended: the loader was closed or begun again"]
+    follower.join(30)
+    assert not follower.is_alive()
+
+
+def test_a_state_without_a_position_is_refused(tmp_path):
+    dataset = write_tars(tmp_path, pictures(8))
+    with open_loader(dataset) as loader:
+        state = loader.state_dict()
+    del state["epoch"]
+    with pytest.raises(UsageError, match="epoch"):
+        open_loader(dataset, state=state)
 
 
 def test_it_says_what_it_reads(tmp_path):

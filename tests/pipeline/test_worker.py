@@ -13,9 +13,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
+from socket import socketpair
 from typing import Any
 
 import numpy as np
@@ -25,10 +28,12 @@ from PIL import Image
 
 from pipeline.augment import AugmentConfig
 from pipeline.crops import CropsConfig
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.loader import Batch, LoaderConfig, MultiCropLoader
-from pipeline.ring import Ring
+from pipeline.messages import Assignment
+from pipeline.ring import Pulse, Ring
 from pipeline.telemetry import Telemetry
+from pipeline.worker import serve
 from pipeline.workers import Workers
 from tests.support.dataset import pictures, write_dataset
 from tests.support.launch import ROOT
@@ -60,12 +65,15 @@ def digests(loader: MultiCropLoader, count: int = 1000) -> list[str]:
 
 def workers_of(pid: int | str = "self") -> list[int]:
     """The loader workers among a process's children."""
+    return _children(pid, b"pipeline.worker")
+
+
+def _children(pid: int | str, module: bytes) -> list[int]:
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            if b"pipeline.worker" in _command(child):
-                found.append(child)
-    return sorted(found)
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            found += map(int, task.read_text().split())
+    return sorted(child for child in found if module in _command(child))
 
 
 def _command(pid: int) -> bytes:
@@ -179,13 +187,26 @@ def slow_jpeg(size_px: int = 6000, scans: int = 85) -> bytes:
     return data[:-2] + last_scan * scans + data[-2:]
 
 
+def _kill_while_it_probes() -> None:
+    """The worker, and see that the probe goes with it."""
+    wait_until(lambda: [each for pid in workers_of() for each in _children(pid, b"pipeline.probe")])
+    (worker,) = workers_of()
+    (probe,) = _children(worker, b"pipeline.probe")
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not _command(probe))
+
+
 def test_an_image_that_never_ends_is_a_bad_sample(tmp_path):
+    """Even where the worker that probes it dies meanwhile: the next one has the same suspects."""
     images = pictures(16)
     images[5] = slow_jpeg()
     write_dataset(str(tmp_path), images)
     settings = {"global_batch": 4, "lanes": 2, "epochs": 1, "decode_timeout_s": 2.0}
     loader = loader_of(str(tmp_path), **settings)
-    found = digests(loader)
+    with ThreadPoolExecutor(1) as killer:
+        killed = killer.submit(_kill_while_it_probes)
+        found = digests(loader)
+        killed.result()
     (entry,) = loader.quarantine.before(1, 0)
     assert entry["number"] == 5
     assert entry["reason"].startswith("decoder hung")
@@ -266,6 +287,93 @@ def test_the_traceback_of_a_bug_survives(folder):
         workers.wait(0)
     (note,) = caught.value.__notes__
     assert "pipeline/batches.py" in note
+
+
+def test_an_error_that_looks_like_a_closed_line_is_told(folder):
+    class Broken(Ring):
+        def pulse(self, worker: int) -> Pulse:
+            raise ConnectionResetError("of something else")
+
+    loader = loader_of(folder)
+    layout = loader._layout()
+    (share,) = loader._shares(colour=False)
+    ours, theirs = (Connection(end.detach()) for end in socketpair())
+    with ours, theirs:
+        assignment = Assignment(
+            share=share, layout=layout, worker=0, step=0, suspects=(), probe_limit_s=1.0
+        )
+        ring = Broken.create(layout)
+        serve(theirs, assignment, ring)
+        ring.close()
+        assert "of something else" in str(ours.recv().error)
+
+
+def test_one_of_our_own_threads_may_close(folder):
+    """As a garbage collection in it does."""
+
+    class Closing(Telemetry):
+        def merge(self, *args: Any) -> None:
+            workers.close()
+
+    with working(loader_of(folder), Closing()) as (workers, _):
+        wait_until(lambda: workers_of() == [] and workers._failure)
+        with pytest.raises(UsageError, match="closed"):
+            workers.wait(0)
+
+
+_FORK = """
+import os, sys, warnings
+from tests.pipeline.test_worker import loader_of
+warnings.simplefilter("ignore")
+with loader_of(sys.argv[1], workers=2, epochs=1) as loader:
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        batches.close()
+        loader.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(len(list(batches)), loader.telemetry.total("worker_restarts"))
+"""
+
+
+def test_a_forked_process_that_ends_leaves_the_workers_alone(folder):
+    child = subprocess.run(
+        [sys.executable, "-c", _FORK, folder], capture_output=True, cwd=ROOT, text=True, check=True
+    )
+    assert child.stdout.split() == [str(COUNT // 8 - 1), "0"]
+
+
+def test_interpreter_and_fetch_loop_of_a_worker_show_that_they_run(folder):
+    with working(loader_of(folder), Telemetry()) as (_, ring):
+        wait_until(lambda: ring.pulse(0).beat_age_s() is not None)
+
+
+_STUCK = """
+import threading
+from pipeline.ranges import fetch_loop
+from pipeline.ring import INTERPRETER, Ring
+from pipeline.worker import _beat_on_loop
+from tests.pipeline.test_ring import LAYOUT
+from tests.pipeline.test_worker import wait_until
+ring = Ring.create(LAYOUT)
+pulse = ring.pulse(0)
+def age_s():
+    pulse.beat(INTERPRETER)
+    return pulse.beat_age_s()
+fetch_loop().call_soon_threadsafe(_beat_on_loop, pulse)
+wait_until(lambda: age_s() is not None)
+free = threading.Event()
+fetch_loop().call_soon_threadsafe(free.wait)
+wait_until(lambda: age_s() > 1)
+free.set()
+wait_until(lambda: age_s() < 1)
+"""
+
+
+def test_a_stuck_fetch_loop_shows_though_the_interpreter_runs():
+    subprocess.run([sys.executable, "-c", _STUCK], cwd=ROOT, check=True, timeout=LIMIT_S)
 
 
 @contextmanager

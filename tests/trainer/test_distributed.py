@@ -39,9 +39,9 @@ def test_the_cpu_can_be_asked_for_where_there_is_a_gpu(monkeypatch):
         _device(0)
 
 
-def _agree_then_lose_rank_1() -> tuple[bool, bool, bool]:
+def _sum_then_lose_rank_1() -> tuple[list[int], bool]:
     world = this_world()
-    agreed = world.any(world.rank == 1), world.any(False)
+    sums = world.sum(world.rank == 1, 0, 2**40 + world.rank)
     group = dist.new_group(timeout=timedelta(seconds=1), backend="gloo")
     lost = False
     if world.is_first:
@@ -51,14 +51,14 @@ def _agree_then_lose_rank_1() -> tuple[bool, bool, bool]:
             lost = is_lost_rank(error)
     else:
         time.sleep(3)
-    return *agreed, lost
+    return sums, lost
 
 
 @pytest.mark.dist
 def test_what_one_rank_says_all_know_and_one_that_is_silent_is_lost():
-    first, second = run_ranks(_agree_then_lose_rank_1, 2)
-    assert first == (True, False, True)
-    assert second == (True, False, False)
+    first, second = run_ranks(_sum_then_lose_rank_1, 2)
+    assert first == ([1, 0, 2**41 + 1], True)
+    assert second == ([1, 0, 2**41 + 1], False)
 
 
 def test_a_bug_is_no_lost_rank():

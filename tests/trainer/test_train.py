@@ -1,5 +1,7 @@
 """The loop in one process: stopping on SIGTERM, a loss that explodes, settings that change."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +16,21 @@ from pipeline.errors import UsageError
 from pipeline.loader import MultiCropLoader
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
-from tests.support.launch import ROOT, environment, read_metrics, run_module, wait_for
+from tests.support.launch import (
+    LIMIT_S,
+    ROOT,
+    environment,
+    read_metrics,
+    run_module,
+    start_deepspeed,
+    wait_for,
+)
+from tests.support.processes import run_ranks
+from tests.support.trajectory import this_world
 from trainer.config import Config
 from trainer.distributed import World
 from trainer.fragments import saved_steps
-from trainer.train import _build_queue
+from trainer.train import _build_queue, num_core_sharers
 
 SETTINGS = [
     "loader.global_batch=8",
@@ -92,6 +104,52 @@ def test_plain_tars_are_trained_on_and_the_run_counts_on(tmp_path: Path) -> None
     assert steps == [(0, 0), (1, 0), (2, 1), (3, 1)]
     assert all(record["data_wait_s"] > 0 for record in records)
     assert records[0]["loader/fetch_bytes"] > 0
+
+
+@pytest.mark.dist
+def test_too_many_bad_samples_end_a_run_at_the_same_step_whatever_the_world_size(
+    tmp_path: Path,
+) -> None:
+    """Seven of 40 where six are allowed: no rank of two meets more than six."""
+    images = pictures(40)
+    for number in range(2, 40, 6):
+        images[number] = b"no image"
+    write_dataset(str(tmp_path / "data"), images)
+    said, steps = [], []
+    for ranks in (1, 2):
+        log, logs = tmp_path / f"log{ranks}", tmp_path / f"logs{ranks}"
+        settings = [*SETTINGS, f"loader.dataset={tmp_path / 'data'}", "loader.max_bad_samples=6"]
+        settings += [f"checkpoint.run={tmp_path}/run{ranks}", f"train.log_dir={logs}"]
+        settings += ["loader.lanes=2", "loader.workers=0", "checkpoint.every_steps=1"]
+        if ranks == 1:
+            result = run_module("trainer", *settings)
+            code, text = result.returncode, result.stderr
+        else:
+            code, text = start_deepspeed(settings, log=log).wait(LIMIT_S), log.read_text()
+        assert code == 1, text
+        assert "Traceback" not in text
+        assert text.count("7 samples of ") == 1
+        said.append(re.findall("^  .* of file://.*", text, re.MULTILINE))
+        steps.append([record["step"] for record in read_metrics(logs / "metrics.jsonl")])
+        assert saved_steps(open_store(f"{tmp_path}/run{ranks}"))[-1] == steps[-1][-1] + 1
+    assert steps[0] == steps[1]
+    assert said[0] == said[1]
+    assert len(said[0]) == 3 + 7, "shards, and samples"
+
+
+def _count_sharers() -> tuple[int, int]:
+    """With the cores as they are, then with cores of one's own."""
+    world = this_world()
+    shared = num_core_sharers(world)
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[world.rank]})
+    return shared, num_core_sharers(world)
+
+
+@pytest.mark.dist
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two cores to share")
+def test_cores_are_divided_among_the_ranks_that_share_them() -> None:
+    assert run_ranks(_count_sharers, 2) == [(2, 1), (2, 1)]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: Path) -> None:
