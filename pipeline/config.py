@@ -140,7 +140,8 @@ def _describe(schema: type, error: dict[str, Any]) -> str:
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{name}: unknown key; known here: {', '.join(_known_keys(schema, location[:-1]))}"
     if error["type"] in ("missing", "missing_argument"):
-        return f"{name}: missing; set it in the file or as {name}=…"
+        override = f" or as {name}=…" if len(location) <= 2 else ""  # none reaches into a table
+        return f"{name}: missing; set it in the file{override}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{name}: {message} (got {error['input']!r})" if location[1:] else f"{name}: {message}"
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.batches import mean_sample_bytes
 from pipeline.config import load_config
 from pipeline.cores import usable_cores
 from pipeline.errors import UsageError, run_command
@@ -25,9 +26,12 @@ from pipeline.forecast import (
     forecast_table,
     slowest,
 )
+from pipeline.store import open_store
 
 if TYPE_CHECKING:  # --help does not wait for torch
-    from pipeline.stages import Cutting, DeviceWork, Looping, Reading
+    from pipeline.loader import MultiCropLoader
+    from pipeline.samples import RawSample
+    from pipeline.stages import Cutting, DeviceWork, Looping, Reading, Settings
 
 _DESCRIPTION = """\
 Measure what a loader on a packed data set can do on this machine, as one rank: reading alone,
@@ -159,50 +163,15 @@ def measure(
     given_images_per_s: float | None,
 ) -> Profile:
     """Every stage for a part of the time, then the loader for all of it."""
-    import torch
-
-    from pipeline.batches import mean_sample_bytes
-    from pipeline.loader import MultiCropLoader
-    from pipeline.stages import (
-        Settings,
-        measure_cutting,
-        measure_device,
-        measure_loader,
-        measure_reading,
-    )
-    from pipeline.store import open_store
+    from pipeline.stages import Settings, measure_cutting, measure_device, measure_loader
 
     defaults = () if config_path else _DEFAULTS
     named = f"loader.dataset={json.dumps(dataset)}", "loader.mix=[]"
     config = load_config(
         Settings, config_path, [*defaults, *overrides, *named], other_sections=True
     )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = MultiCropLoader(
-        config.loader,
-        config.crops,
-        config.augment,
-        fetch=config.fetch,
-        seed=0,
-        world_size=world_size,
-        local_world_size=1,
-        device=device,
-        record_spans=True,
-    )
-    (snapshot,), (source,) = loader.snapshots, loader.data_sets
-    sample_bytes = mean_sample_bytes(snapshot)
-    ahead = len(loader.lanes) * (source.window + 1) * source.chunk
-    with loader:
-        with _progress("reading alone", seconds / 4) as tick:
-            reading, samples = measure_reading(
-                open_store(dataset),
-                snapshot,
-                config.fetch,
-                chunk=source.chunk,
-                ahead_bytes=round(ahead * sample_bytes),
-                seconds=seconds / 4,
-                tick=tick,
-            )
+    with _open_loader(config, world_size) as loader:
+        reading, samples = _read_alone(loader, seconds / 4)
         with _progress("one core", 0):
             cutting = measure_cutting(
                 samples, config.crops, config.augment, seconds=min(seconds / 4, 6.0)
@@ -210,12 +179,15 @@ def measure(
         with _progress("the loader", seconds) as tick:
             looping = measure_loader(loader, seconds=seconds, tick=tick)
         device_work = None
-        if device.type == "cuda":
-            device_work = measure_device(loader.batch_size, config.crops, config.augment, device)
+        if loader.device.type == "cuda":
+            device_work = measure_device(
+                loader.batch_size, config.crops, config.augment, loader.device
+            )
+    (snapshot,) = loader.snapshots
     return Profile(
         title=f"{dataset}, version {snapshot.version}",
         num_images=snapshot.num_kept,
-        sample_bytes=sample_bytes,
+        sample_bytes=mean_sample_bytes(snapshot),
         num_cores=usable_cores(),
         reading=reading,
         cutting=cutting,
@@ -223,6 +195,43 @@ def measure(
         device_work=device_work,
         given_images_per_s=given_images_per_s,
     )
+
+
+def _open_loader(config: "Settings", world_size: int) -> "MultiCropLoader":
+    """The first rank's loader, with all cores to itself."""
+    import torch
+
+    from pipeline.loader import MultiCropLoader
+
+    return MultiCropLoader(
+        config.loader,
+        config.crops,
+        config.augment,
+        fetch=config.fetch,
+        seed=0,
+        world_size=world_size,
+        local_world_size=1,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        record_spans=True,
+    )
+
+
+def _read_alone(loader: "MultiCropLoader", seconds: float) -> "tuple[Reading, Sequence[RawSample]]":
+    """As the loader reads, without anybody who decodes."""
+    from pipeline.stages import measure_reading
+
+    (snapshot,), (source,) = loader.snapshots, loader.data_sets
+    ahead = len(loader.lanes) * (source.window + 1) * source.chunk
+    with _progress("reading alone", seconds) as tick:
+        return measure_reading(
+            open_store(source.url),
+            snapshot,
+            loader.fetch,
+            chunk=source.chunk,
+            ahead_bytes=round(ahead * mean_sample_bytes(snapshot)),
+            seconds=seconds,
+            tick=tick,
+        )
 
 
 @contextmanager

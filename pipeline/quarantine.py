@@ -10,6 +10,7 @@ an hour comes back.
 """
 
 import logging
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.samples import BadSample
 _log = logging.getLogger(__name__)
 
 _LISTED = 20  # shards, and samples, in a message
+_MILESTONES = (10, 100, 1000, 10_000, 100_000)  # of bad samples, at which to say so again
 
 Entry = dict[str, Any]  # epoch, step, number, key, shard, reason, substitute
 
@@ -50,6 +52,7 @@ class Quarantine:
         self._limit = limit
         self._entries = {entry["number"]: dict(entry) for entry in entries}
         self._num_carried = len(self._entries)
+        self._shards = {entry["shard"] for entry in self._entries.values()}
         self._is_alone = world_size == 1
 
     @property
@@ -112,13 +115,18 @@ class Quarantine:
             self._tell(bad, len(self._entries))
 
     def _tell(self, bad: BadSample, count: int) -> None:
-        if count in (1, 10, 100, 1000, 10_000, 100_000):
+        """Say of the first sample of every shard, and now and then, that there was one."""
+        is_first = bad.shard not in self._shards
+        self._shards.add(bad.shard)
+        if (is_first and len(self._shards) <= _LISTED) or count in _MILESTONES:
             _log.warning(
-                "replaced %s of %s by another image: %s (bad samples known here: %d, allowed: %d)",
-                bad.key or bad.number,
+                "replaced %s of %s by another image: %s (bad samples known here: %d, in %d "
+                "shard(s); allowed: %d)",
+                bad.key or f"sample {bad.number}",
                 bad.shard,
                 bad.reason,
                 count,
+                len(self._shards),
                 self._limit,
             )
 
@@ -139,7 +147,7 @@ def _listed(entries: list[Entry]) -> Iterator[str]:
     """
     reasons: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
-        reasons[entry["shard"]][entry["reason"]] += 1
+        reasons[entry["shard"]][_kind(entry["reason"], entry["shard"])] += 1
     worst = sorted(reasons.items(), key=lambda item: -item[1].total())
     for shard, counts in worst[:_LISTED]:
         why = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common(3))
@@ -148,3 +156,8 @@ def _listed(entries: list[Entry]) -> Iterator[str]:
         yield f"… and {len(worst) - _LISTED} more shards"
     for entry in [entry for entry in entries if entry["key"]][:_LISTED]:
         yield f"{entry['key']} of {entry['shard']}: {entry['reason']}"
+
+
+def _kind(reason: str, shard: str) -> str:
+    """A reason without what differs from sample to sample, so that like ones are counted as one."""
+    return re.sub(r"\d+", "N", reason.replace(shard, "…"))

@@ -12,8 +12,8 @@ import socket
 import sys
 import time
 import tomllib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -73,7 +73,7 @@ def train(config: "Config", world: World) -> int:
     queue_start = _queue_start(config, run.loader.steps_per_epoch)
     _announce(run, total_steps)
 
-    with run.loader, together(world, lambda: _open_log(run, total_steps)) as log:
+    with run.loader, together(world, lambda: _open_log(run, total_steps)) as log, _kept(run):
         clock = _Clock(run.loader, run.first_step)
         for step, batch in enumerate(run.loader, start=run.first_step):
             queue = run.queue if step >= queue_start else None
@@ -107,6 +107,8 @@ def train(config: "Config", world: World) -> int:
                     log.write(record)
             if saving:
                 run.save(done, log)
+            if ending:
+                _conclude(run, done, total_steps, num_found)
             if stopping and done < total_steps:
                 return STOPPED
     return 0
@@ -124,12 +126,13 @@ class _Run:
     queue: FeatureQueue | None
     num_found: int = 0  # of all ranks, of bad samples, when they were last looked at
     first_step: int = 0
+    saved_step: int = 0  # of the newest checkpoint; 0 before there is one
     changes: list[str] = field(default_factory=list)  # of settings, since the checkpoint
     history: bytes = b""  # metrics of before we were started, on rank 0
 
     def resume(self, checkpoint: Checkpoint) -> None:
         state = self.checkpoints.restore(checkpoint, self.engine, queue=self.queue)
-        self.first_step = checkpoint.step
+        self.first_step = self.saved_step = checkpoint.step
         self.changes = changed_settings(state["config"], dump_config(self.config))
         self.history = self.checkpoints.metrics(checkpoint)
 
@@ -158,6 +161,7 @@ class _Run:
         }
         metrics = log.all_lines() if log else b""
         self.checkpoints.save(step, self.engine, queue=self.queue, state=state, metrics=metrics)
+        self.saved_step = step
 
 
 def _prepare(config: "Config", world: World) -> _Run:
@@ -381,6 +385,40 @@ def _flat(text: str) -> dict[str, Any]:
     return {f"{name}.{key}": value for name, part in tree.items() for key, value in part.items()}
 
 
+@contextmanager
+def _kept(run: _Run) -> Iterator[None]:
+    """A run that fails says what of it is not lost."""
+    try:
+        yield
+    except CropstreamError as error:
+        step, url = run.saved_step, run.config.checkpoint.run
+        kept = "no checkpoint was written yet"
+        if step:
+            kept = f"the same command goes on from the checkpoint of step {step} in {url}"
+        error.args = (f"{error}\n({kept})",)
+        raise
+
+
+def _conclude(run: _Run, done: int, total_steps: int, num_found: int) -> None:
+    """Say why the run ends here, and what it could not use."""
+    if not run.world.is_first:
+        return
+    if done < total_steps:
+        _say(
+            f"stopped by SIGTERM: the checkpoint of step {done} is committed, the same command "
+            f"goes on from there"
+        )
+    if num_found:
+        _say(
+            f"{num_found} bad sample(s) were met since the start and replaced by others; the "
+            f"checkpoint lists them, `python -m shard_tools verify` finds all there are"
+        )
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201 - a run's log begins and ends so
+
+
 def _announce(run: _Run, total_steps: int) -> None:
     if not run.world.is_first:
         return
@@ -392,4 +430,4 @@ def _announce(run: _Run, total_steps: int) -> None:
     ]
     if run.changes:
         lines.append(f"changed since the checkpoint: {', '.join(run.changes)}")
-    print(*lines, sep="\n", file=sys.stderr, flush=True)  # noqa: T201 - a run's log begins so
+    _say("\n".join(lines))

@@ -27,7 +27,7 @@ BATCH = 64
 CROPS = CropsConfig()
 # Reads of 32 images, about a megabyte. By default those of a data set as small as a benchmark's are
 # of single images, so that its few chunks mix; of a real one they are 6 MB.
-READS = {"lanes": 4, "chunk": 32, "window": 2}
+READS = {"lanes": 2, "chunk": 32, "window": 2}
 
 _SETTLING_BATCHES = 8  # more than are ever ready ahead
 _END_LIMIT_S = 20.0

@@ -47,17 +47,15 @@ def test_what_a_shard_has_lost_is_one_line():
     """Samples of a shard that cannot be read have no key: nobody got to see them."""
     found = Quarantine("s3://b/data", limit=40, entries=())
     for number in range(30):
-        lost = BadSample(number, "", "s3://b/data/00/two.tar", "there is no s3://b/data/00/two.tar")
-        add(found, lost, step=number)
+        reason = f"there is no s3://b/data/00/two.tar at {number}"
+        add(found, BadSample(number, "", "s3://b/data/00/two.tar", reason), step=number)
     for number in range(30, 40):
         add(found, bad(number), step=number)
     with pytest.raises(DataError) as caught:
         add(found, bad(40), epoch=1, step=0)
     first, *listed = str(caught.value).splitlines()
     assert first.startswith("41 samples of s3://b/data could not be used, allowed are")
-    assert listed[0].strip() == (
-        "30 of s3://b/data/00/two.tar: there is no s3://b/data/00/two.tar (30)"
-    )
+    assert listed[0].strip() == "30 of s3://b/data/00/two.tar: there is no … at N (30)"
     assert listed[1].strip() == "11 of data/00/one.tar: checksum differs (11)"
     assert [line.split()[0] for line in listed[2:]] == [f"key{n}" for n in range(30, 41)]
 
@@ -68,6 +66,14 @@ def test_it_speaks_at_the_first_and_the_tenth(caplog: pytest.LogCaptureFixture):
         for number in range(15):
             add(found, bad(number), step=number)
     assert [record.getMessage().split(" ")[1] for record in caplog.records] == ["key0", "key9"]
+
+
+def test_every_shard_that_loses_something_is_named_once(caplog: pytest.LogCaptureFixture):
+    found = Quarantine("data", limit=100, entries=())
+    with caplog.at_level(logging.WARNING):
+        for number in range(6):
+            add(found, BadSample(number, "", f"data/{number % 2}.tar", "gone"), step=number)
+    assert [record.args[1] for record in caplog.records] == ["data/0.tar", "data/1.tar"]
 
 
 def test_lists_of_several_ranks_become_one():
