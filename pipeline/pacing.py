@@ -4,6 +4,7 @@ Used on the fetch loop only, so nothing here is locked.
 """
 
 import asyncio
+import contextlib
 import math
 import random
 from collections import deque
@@ -11,7 +12,7 @@ from time import monotonic
 
 from pipeline.errors import ObjectChangedError, ObjectMissingError, StoreError
 
-_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 20.0
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.2, 5.0
 _MOST_DOUBLINGS = 7
 _LEAST_DOUBT_S, _MOST_DOUBT_S = 0.1, 0.3  # before it is asked again whether an object is gone
 
@@ -24,14 +25,21 @@ _LIMIT_REST_S = 1.0  # requests that were on their way together are refused toge
 
 
 class Limiter:
-    """How many requests may be in flight: falls by half when the store complains, then recovers."""
+    """How many requests may be in flight: falls by half when the store complains, then recovers.
+
+    While nothing has arrived since it fell (`falls` counts how often), a range that failed keeps its
+    turn as long as it pauses (`pause`). Otherwise the others that wait would come to the same store
+    meanwhile, and all of them together without any pause.
+    """
 
     def __init__(self, most: int) -> None:
         self.limit = float(most)
+        self.falls = 0  # since the last range arrived
         self._most = most
         self._active = 0
         self._queue: deque[asyncio.Future[None]] = deque()
         self._fell = -math.inf
+        self._arrived = asyncio.Event()  # since it fell
         self._stalls = 0  # since the last range arrived
 
     async def __aenter__(self) -> None:
@@ -59,6 +67,8 @@ class Limiter:
         if not self.is_resting():
             self._fell = monotonic()
             self.limit = max(1.0, self.limit * _LIMIT_FACTOR)
+            self.falls += 1
+            self._arrived.clear()
 
     def stalled(self) -> None:
         """A request came to nothing; if most do, there are too many for the way to the store."""
@@ -68,9 +78,18 @@ class Limiter:
 
     def succeeded(self) -> None:
         """A range has arrived."""
-        self._stalls = 0
+        self._stalls = self.falls = 0
+        self._arrived.set()
         self.limit = min(float(self._most), self.limit + _LIMIT_STEP)
         self._admit()
+
+    async def pause(self, seconds: float) -> float:
+        """Keep the turn for a pause, or until a range arrives; what is left of the pause."""
+        ends = monotonic() + seconds
+        if self.falls:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._arrived.wait(), seconds)
+        return max(0.0, ends - monotonic())
 
     def _release(self) -> None:
         self._active -= 1
@@ -142,10 +161,14 @@ class Patience:
     """
 
     def __init__(self, patience_s: float) -> None:
-        self.since = math.inf  # the first failure
         self._patience_s = patience_s
-        self._is_gone = False  # the object, as one answer has it
+        self.renew()
+
+    def renew(self) -> None:
+        """Bytes have come."""
+        self.since = math.inf  # the first failure
         self.failures = 0  # at most _MOST_DOUBLINGS
+        self._is_gone = False  # the object, as one answer has it
 
     def begin(self, now: float) -> None:
         """Something has been wrong since then, if not before."""
@@ -154,8 +177,11 @@ class Patience:
     def left_s(self, now: float) -> float:
         return self.since + self._patience_s - now
 
-    def pause_s(self, error: StoreError) -> float:
-        """After one more failure. Raises `error` when patience has run out."""
+    def pause_s(self, error: StoreError, *, falls: int = 0) -> float:
+        """After one more failure. Raises `error` when patience has run out.
+
+        `falls` are the limiter's: a range that is new to an outage does not begin with short pauses.
+        """
         if isinstance(error, ObjectMissingError | ObjectChangedError):
             return self._doubt_s(error)
         now = monotonic()
@@ -163,7 +189,7 @@ class Patience:
         left = self.left_s(now)
         if left <= 0:
             raise error
-        pause = min(_FIRST_PAUSE_S * 2**self.failures, _LAST_PAUSE_S)
+        pause = min(_FIRST_PAUSE_S * 2 ** max(self.failures, falls), _LAST_PAUSE_S)
         self.failures = min(self.failures + 1, _MOST_DOUBLINGS)
         return min(left, random.uniform(0, pause))
 

@@ -7,10 +7,11 @@ by what an image costs (pipeline.forecast), and draws the loader's time (pipelin
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +46,31 @@ what bounds the loader, and what machines with more cores or a faster network wo
 
 Of a configuration it takes the sections loader, fetch, crops and augment. Where there is no CUDA
 device, colour is left out of the loader, as it is the device's work. Nothing is written to the data
-set.
+set. Of a mix (loader.mix), give one data set at a time; a mix in the configuration is left aside.
+
+Every stage ends when its time is up, but measures at least one image, and the loader one batch; of
+images so large that a batch takes too long, the loader is measured in smaller ones.
 
 exit codes: 0 measured, 1 failed, 2 wrong usage or configuration
 """
 _DEFAULTS = ("loader.global_batch=256",)  # where there is no --config; of one rank
+_SECONDS_HELP = "how long the loader runs; 60 by default. The other stages take half of it more"
 _QUICK_S = 6.0
+_QUICK_HELP = f"--seconds {_QUICK_S:g}: with starting and the other stages some 12 to 25 s in all"
+_BATCHES = 4  # of the loader, that should fit into its time
+_GAP = 0.7  # a loader below this share of its slowest stage is held up by something else
+_SMALL_REQUEST_BYTES = 1e6  # below it, a request is mostly waiting for its first byte
 _WAITS = {
     "wait_fetch_s": "fetch",
     "wait_decode_s": "decode",
     "wait_handover_s": "hand-over",
     "transfer_s": "transfer",
+}
+_ADVICE = {
+    "wait_decode_s": "not all cores decoded all the time: see what else runs on them, raise "
+    "loader.workers or loader.threads, or measure for longer (--seconds)",
+    "wait_handover_s": "workers wait for slots: raise loader.prefetch_batches",
+    "transfer_s": "copying to the device is slow: see what else uses its bus",
 }
 
 
@@ -67,10 +82,8 @@ def main() -> int:
     )
     parser.add_argument("dataset", help="prefix of a packed data set: s3://…, file:///… or a path")
     parser.add_argument("--config", metavar="FILE", help="a TOML file; presets are in configs/")
-    parser.add_argument(
-        "--seconds", type=_positive, default=60.0, help="how long the loader runs; 60 by default"
-    )
-    parser.add_argument("--quick", action="store_true", help=f"--seconds {_QUICK_S:g}")
+    parser.add_argument("--seconds", type=_positive, default=60.0, help=_SECONDS_HELP)
+    parser.add_argument("--quick", action="store_true", help=_QUICK_HELP)
     parser.add_argument(
         "--images-per-s", type=_positive, metavar="N", help="what the devices of a rank take"
     )
@@ -92,6 +105,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, draw."""
     seconds = _QUICK_S if arguments.quick else arguments.seconds
+    _check_dataset(arguments.dataset)
     if arguments.out:
         _check_writable(Path(arguments.out))
     profile = measure(
@@ -122,6 +136,7 @@ class Profile:
     looping: "Looping"
     device_work: "DeviceWork | None"
     given_images_per_s: float | None
+    note: str = ""  # on how the loader was measured
 
     @property
     def costs(self) -> Costs:
@@ -172,17 +187,23 @@ def measure(
     )
     with _open_loader(config, world_size) as loader:
         reading, samples = _read_alone(loader, seconds / 4)
-        with _progress("one core", 0):
-            cutting = measure_cutting(
-                samples, config.crops, config.augment, seconds=min(seconds / 4, 6.0)
-            )
-        with _progress("the loader", seconds) as tick:
+        cutting_s = min(seconds / 4, 6.0)
+        with _progress(f"one core: decoding some of {len(samples)} images", cutting_s):
+            cutting = measure_cutting(samples, config.crops, config.augment, seconds=cutting_s)
+        asked = loader.batch_size
+    fitting = _fitting_batch(asked, usable_cores(), image_s=cutting.crops_s, seconds=seconds)
+    if fitting < asked:
+        config = _with_batch(config, loader, fitting * world_size)
+    with _open_loader(config, world_size) as loader:
+        title = f"the loader: starting workers, then batches of {loader.batch_size} images"
+        with _progress(title, seconds) as tick:
             looping = measure_loader(loader, seconds=seconds, tick=tick)
         device_work = None
         if loader.device.type == "cuda":
-            device_work = measure_device(
-                loader.batch_size, config.crops, config.augment, loader.device
-            )
+            with _progress("the device: copying and colour of a batch", 0):
+                device_work = measure_device(
+                    loader.batch_size, config.crops, config.augment, loader.device
+                )
     (snapshot,) = loader.snapshots
     return Profile(
         title=f"{dataset}, version {snapshot.version}",
@@ -194,7 +215,26 @@ def measure(
         looping=looping,
         device_work=device_work,
         given_images_per_s=given_images_per_s,
+        note=f"in batches of {fitting}, not {asked}: such images take long" * (fitting < asked),
     )
+
+
+def _fitting_batch(asked: int, cores: int, *, image_s: float, seconds: float) -> int:
+    """Images of a rank's batch, so few that some batches fit into the time; one a core at least."""
+    return min(asked, max(cores, int(seconds * cores / image_s / _BATCHES)))
+
+
+def _with_batch(config: "Settings", loader: "MultiCropLoader", global_batch: int) -> "Settings":
+    """The same reads for smaller batches."""
+    (source,) = loader.data_sets
+    smaller = replace(
+        config.loader,
+        global_batch=global_batch,
+        lanes=0,
+        chunk=source.chunk,
+        window=source.window,
+    )
+    return replace(config, loader=smaller)
 
 
 def _open_loader(config: "Settings", world_size: int) -> "MultiCropLoader":
@@ -222,7 +262,7 @@ def _read_alone(loader: "MultiCropLoader", seconds: float) -> "tuple[Reading, Se
 
     (snapshot,), (source,) = loader.snapshots, loader.data_sets
     ahead = len(loader.lanes) * (source.window + 1) * source.chunk
-    with _progress("reading alone", seconds) as tick:
+    with _progress(f"reading alone: chunks of {source.chunk} images", seconds) as tick:
         return measure_reading(
             open_store(source.url),
             snapshot,
@@ -236,9 +276,12 @@ def _read_alone(loader: "MultiCropLoader", seconds: float) -> "tuple[Reading, Se
 
 @contextmanager
 def _progress(stage: str, seconds: float) -> Iterator[Callable[[float], object]]:
-    """A bar where a terminal is; what it yields is told the seconds that have passed."""
+    """A bar in a terminal, elsewhere a line; what it yields is told the seconds that passed."""
     from tqdm import tqdm
 
+    if not sys.stderr.isatty():
+        sys.stderr.write(f"{stage}{f', for {seconds:.2g} s' if seconds else ''} …\n")
+        sys.stderr.flush()
     form = "{desc}: {bar} {n:.0f} of {total:.0f} s" if seconds else "{desc} …"
     with tqdm(total=seconds, desc=stage, bar_format=form, leave=False, disable=None) as bar:
         yield lambda passed: bar.update(min(passed, seconds - bar.n))
@@ -257,7 +300,7 @@ def report(profile: Profile) -> list[str]:
         _line(
             "reading alone",
             f"{reading.bytes_per_s / 1e6:,.0f} MB/s",
-            f"{profile.network:,.0f} images/s",
+            f"{_rate(profile.network)} images/s",
             f"{reading.cpu_s_per_gigabyte:.2f} CPU s/GB",
             f"{reading.requests:,.0f} requests of {reading.request_bytes / 1e3:,.0f} kB, "
             f"{reading.retries:,.0f} retries",
@@ -265,17 +308,18 @@ def report(profile: Profile) -> list[str]:
         _line(
             "one core",
             f"{1e3 * cutting.crops_s:.2f} ms/image",
-            f"{1 / cutting.crops_s:,.0f} images/s",
+            f"{_rate(1 / cutting.crops_s)} images/s",
             f"decode {1e3 * cutting.decode_s:.2f} ms of it",
             f"colour {1e3 * cutting.colour_s:.2f} ms more, if no device does it",
         ),
         _line(
             "the loader",
             f"{1e3 * looping.cpu_s_per_image:.2f} CPU ms/image",
-            f"{looping.images_per_s:,.0f} images/s",
+            f"{_rate(looping.images_per_s)} images/s",
             f"{looping.resident_bytes / 1e6:,.0f} MB with us",
             f"first batch after {looping.start_s:.1f} s",
         ),
+        *([_line("", profile.note)] if profile.note else []),
         _line("its waits", *_waits(looping)),
         *_device_lines(profile),
         "",
@@ -289,23 +333,71 @@ def report(profile: Profile) -> list[str]:
 
 def verdict(profile: Profile) -> str:
     """What bounds the loader, in one line."""
-    bound = profile.bound
-    parts = {
-        "network": f"the network brings {profile.network:,.0f} images/s",
-        "decode": f"{profile.num_cores} cores prepare {profile.decode:,.0f} images/s",
-        "device": f"the devices take {profile.device:,.0f} images/s",
-    }
+    reached, bound = profile.looping.images_per_s, profile.bound
+    if reached < _GAP * bound.images_per_s:
+        return f"{_held_up(profile)}; {_needs(profile)}"
+    parts = _parts(profile)
     others = [text for part, text in parts.items() if part != bound.bound]
-    if not math.isfinite(profile.device):
-        others = [text for text in others if text != parts["device"]]
+    return (
+        f"bound by {bound.bound}: {', '.join([parts[bound.bound], *others])}, and the loader "
+        f"reached {_rate(reached)}; {_needs(profile)}"
+    )
+
+
+def _parts(profile: Profile) -> dict[str, str]:
+    """What every part can do, as far as it is known."""
+    parts = {
+        "network": f"the network brings {_rate(profile.network)} images/s",
+        "decode": f"{profile.num_cores} cores prepare {_rate(profile.decode)} images/s",
+    }
+    if math.isfinite(profile.device):
+        parts["device"] = f"the devices take {_rate(profile.device)} images/s"
+    return parts
+
+
+def _held_up(profile: Profile) -> str:
+    """What keeps the loader from what its slowest stage can do alone: where it waited most."""
+    looping, bound = profile.looping, profile.bound
+    longest = max(_WAITS, key=looping.share)
+    waits = ", ".join(
+        f"{what} {100 * looping.share(name):.0f} %"
+        for name, what in sorted(_WAITS.items(), key=lambda wait: -looping.share(wait[0]))
+        if looping.share(name) >= 0.01
+    )
+    return (
+        f"held up by {_WAITS[longest]}: the loader reached {_rate(looping.images_per_s)} of the "
+        f"{_rate(bound.images_per_s)} images/s that its slowest stage allows "
+        f"({', '.join(_parts(profile).values())}); it waited for {waits or 'nothing'}: "
+        f"{_advice(profile, longest)}"
+    )
+
+
+def _advice(profile: Profile, wait: str) -> str:
+    """Why the loader waits for what is fast enough alone, and what to change."""
+    if wait != "wait_fetch_s":
+        return _ADVICE[wait]
+    request_bytes = profile.looping.request_bytes or profile.reading.request_bytes
+    size = f"requests of {request_bytes / 1e3:,.0f} kB"
+    if request_bytes < _SMALL_REQUEST_BYTES:
+        return (
+            f"{size}: requests this small measure latency: more images a chunk (loader.chunk) or "
+            f"more requests in flight (fetch.requests, loader.window)"
+        )
+    return (
+        f"{size} come more slowly while cores decode: leave a core to reading (loader.threads), "
+        f"or read further ahead (loader.window, fetch.requests)"
+    )
+
+
+def _needs(profile: Profile) -> str:
+    """What a GPU would take."""
     wanted = profile.given_images_per_s or ASSUMED_IMAGES_PER_S
     basis = "" if profile.given_images_per_s else " (assumed: SwAV, ResNet-50 on an H200)"
     cores = math.ceil(cores_needed(profile.costs, wanted))
     gigabytes_per_s = wanted * profile.costs.read_bytes / 1e9
     return (
-        f"bound by {bound.bound}: {parts[bound.bound]}, {', '.join(others)}, and the loader "
-        f"reached {profile.looping.images_per_s:,.0f}; a GPU of "
-        f"{wanted:,.0f} images/s{basis} needs {cores} such cores and {gigabytes_per_s:.2g} GB/s"
+        f"a GPU of {wanted:,.0f} images/s{basis} needs {cores} such cores and "
+        f"{gigabytes_per_s:.2g} GB/s"
     )
 
 
@@ -328,7 +420,6 @@ def draw(profile: Profile) -> str:
         *((f"Waiting for {what}", f"{100 * looping.share(w):.0f} %") for w, what in _WAITS.items()),
         ("Memory", f"{looping.resident_bytes / 1e6:,.0f} MB"),
     ]
-    requests = looping.sums.get("fetch_requests", 0.0)
     timeline = Timeline(
         title=profile.title,
         verdict=verdict(profile),
@@ -336,7 +427,7 @@ def draw(profile: Profile) -> str:
         limits=limits,
         spans=looping.spans,
         batches=looping.batches,
-        request_bytes=looping.sums.get("fetch_bytes", 0.0) / requests if requests else 0.0,
+        request_bytes=looping.request_bytes,
     )
     return render_timeline(timeline)
 
@@ -353,10 +444,15 @@ def _device_lines(profile: Profile) -> list[str]:
         _line(
             "the device",
             f"copy {1e3 * work.copy_s:.2f} ms/batch",
-            f"{work.images_per_s:,.0f} images/s",
+            f"{_rate(work.images_per_s)} images/s",
             f"colour {1e3 * work.colour_s:.2f} ms/batch of {work.batch_size}",
         )
     ]
+
+
+def _rate(images_per_s: float) -> str:
+    """Large images come one or two a second."""
+    return f"{images_per_s:,.0f}" if images_per_s >= 10 else f"{images_per_s:.3g}"
 
 
 def _line(name: str, *cells: str) -> str:
@@ -364,6 +460,16 @@ def _line(name: str, *cells: str) -> str:
 
 
 # Arguments
+
+
+def _check_dataset(dataset: str) -> None:
+    """Raise UsageError for a setting that stands where the data set should."""
+    if re.match(r"[a-z_]+\.[a-z_]+=", dataset):
+        raise UsageError(
+            f"{dataset} is a setting, and no data set comes before it; give the data set first: "
+            f"python -m pipeline.profile s3://bucket/data section.key=value. Of loader.mix, "
+            f"profile one data set at a time"
+        )
 
 
 def _positive(text: str) -> float:

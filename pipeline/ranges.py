@@ -17,6 +17,8 @@ and is done when its last byte is there:
 - A store that asks for fewer requests gets fewer: the number in flight is cut by half, and grows
   again with every range that arrives (additive increase, multiplicative decrease, as TCP does).
 - Between two attempts there are pauses, which double and are drawn at random (pipeline.pacing).
+- A range that fails twice in a row without a byte lowers the number in flight likewise, and pauses
+  then count as requests: in an outage about one range at a time finds out whether it is over.
 
 All reading of a process happens on one asyncio loop in one thread (`fetch_loop`): hundreds of
 requests cost no threads, and what follows needs no locks. Denied access is told at once; that an
@@ -55,7 +57,10 @@ buffers that one thread allocates and another frees go back to the kernel less o
 _TICK_S = 0.1  # between two looks at a request's pace
 _PART_SHARE = 1 / 16  # of stall_s: how often a request should be heard of
 _MOST_PART_BYTES = 1 << 20
-_QUIET_S = 5.0  # of failures before anybody is told, and between two messages
+_MANY_FAILURES = 2  # of a range in a row; a single one says nothing about the store
+_QUIET_S = 5.0  # of failures before anybody is told
+_REPEAT_S = 60.0  # between two messages
+_ADVICE_TO_REPEAT = ", then run the command again"  # is none for somebody whose run goes on
 
 _log = logging.getLogger(__name__)
 _starting = threading.Lock()
@@ -117,7 +122,7 @@ class RangeReader:
         self.pace = Pace()
         self._tasks: set[asyncio.Task[object]] = set()
         self._closed = False
-        self._told = -math.inf  # when a warning was last written
+        self._outages: dict[str, _Outage] = {}  # by the URL of the store
 
     async def read(
         self, store: Store, key: str, start_bytes: int, length_bytes: int, *, tag: str | None = None
@@ -170,26 +175,45 @@ class RangeReader:
 
     async def _complete(self, wanted: "_Range") -> list[bytes]:
         patience = Patience(self.config.patience_s)
-        attempt = self._copy if wanted.store.is_local else self._race
         while wanted.missing_bytes:
-            before = wanted.missing_bytes
-            try:
-                async with self.limiter:
-                    await attempt(wanted, patience)
-            except AccessDeniedError:
-                raise
-            except StoreError as error:
-                if wanted.missing_bytes < before:
-                    patience = Patience(self.config.patience_s)
-                pause_s = patience.pause_s(error)
-                self._count_failure(wanted)
-                wanted.part_bytes = 1
-                self._tell(error, patience)
-                await asyncio.sleep(pause_s)
+            async with self.limiter:
+                pause_s = await self._attempt(wanted, patience)
+                pause_s = await self.limiter.pause(pause_s)
+            await asyncio.sleep(pause_s)
         self.limiter.succeeded()
+        self._outage_of(wanted).end()
         self.hedges.earn(wanted.length_bytes)
         self.telemetry.add(fetch_bytes=wanted.length_bytes)
         return wanted.parts
+
+    async def _attempt(self, wanted: "_Range", patience: Patience) -> float:
+        """The seconds to wait before the next; 0 when the range is whole."""
+        before = wanted.missing_bytes
+        try:
+            await (self._copy if wanted.store.is_local else self._race)(wanted, patience)
+        except AccessDeniedError:
+            raise
+        except StoreError as error:
+            if wanted.missing_bytes < before:
+                patience.renew()
+                self._outage_of(wanted).end()
+            return self._fail(wanted, patience, error)
+        return 0.0
+
+    def _fail(self, wanted: "_Range", patience: Patience, error: StoreError) -> float:
+        """Having waited for a turn during an outage counts as waiting for the store."""
+        outage = self._outage_of(wanted)
+        patience.begin(max(outage.since, wanted.asked))
+        pause_s = patience.pause_s(error, falls=self.limiter.falls)
+        if patience.failures >= _MANY_FAILURES:
+            self.limiter.throttled()
+        self._count_failure(wanted)
+        wanted.part_bytes = 1
+        outage.tell(wanted, error, patience)
+        return pause_s
+
+    def _outage_of(self, wanted: "_Range") -> "_Outage":
+        return self._outages.setdefault(wanted.store.url, _Outage(wanted.store.url))
 
     async def _copy(self, wanted: "_Range", patience: Patience) -> None:
         """A file's range: there is nothing to gain from asking a disk twice."""
@@ -215,7 +239,7 @@ class RangeReader:
             )
             if patience.left_s(now) <= 0:
                 raise error
-            self._tell(error, patience)
+            self._outage_of(wanted).tell(wanted, error, patience)
 
     async def _race(self, wanted: "_Range", patience: Patience) -> None:
         race = _Race(self, wanted, self.config.stall_s * 2**patience.failures)
@@ -228,11 +252,37 @@ class RangeReader:
         resumed = wanted.missing_bytes < wanted.length_bytes
         self.telemetry.add(fetch_retries=1, fetch_resumes=resumed)
 
-    def _tell(self, error: StoreError, patience: Patience) -> None:
+
+class _Outage:
+    """Whether a store answers at all, and what is said about it: one voice for all ranges."""
+
+    def __init__(self, url: str) -> None:
+        self.since = math.inf  # the first failure behind the last answer
+        self._url = url
+        self._answered = self._told = -math.inf
+        self._is_told = False
+
+    def tell(self, wanted: "_Range", error: StoreError, patience: Patience) -> None:
+        """A range has failed. Where others arrive meanwhile, only its object is spoken of."""
         now = monotonic()
-        if now - patience.since > _QUIET_S and now - self._told > _QUIET_S:
-            self._told = now
-            _log.warning("%s; waiting for it, up to %.0f s", error, patience.left_s(now))
+        self.since = min(self.since, max(patience.since, self._answered))
+        if now - self._told < _REPEAT_S or now - patience.since <= _QUIET_S:
+            return
+        reason = str(error).replace(_ADVICE_TO_REPEAT, "")
+        if patience.since >= self._answered:
+            self._is_told = True
+            reason = reason.removeprefix(f"cannot read {wanted.url}: ")
+            reason = f"{self._url} cannot be reached: {reason}"
+        self._told = now
+        _log.warning("%s; waiting for it, up to %.0f s", reason, patience.left_s(now))
+
+    def end(self) -> None:
+        """Bytes have come."""
+        now = monotonic()
+        if self._is_told:
+            _log.warning("%s answers again after %.0f s", self._url, now - self.since)
+            self._is_told, self._told = False, -math.inf
+        self.since, self._answered = math.inf, now
 
 
 class _Range:
@@ -245,6 +295,7 @@ class _Range:
         self.start_bytes, self.length_bytes = start_bytes, length_bytes
         self.missing_bytes = length_bytes
         self.part_bytes = 1  # as they come in
+        self.asked = monotonic()
         self.parts: list[bytes] = []
 
     @property

@@ -6,7 +6,8 @@
     device     copying a batch and its colour, where there is a CUDA device
 
 CPU seconds are those of this process and its workers together (pipeline.processes); the time to
-start is left out everywhere.
+start is left out everywhere. Every stage ends at its deadline, even in the middle of a round over
+the samples, but measures one image at least, and the loader one batch.
 """
 
 import itertools
@@ -30,17 +31,20 @@ from pipeline.fetch import FetchConfig, Piece, Prefetcher
 from pipeline.loader import Batch, CutBatch, LoaderConfig, MultiCropLoader
 from pipeline.manifest import Snapshot
 from pipeline.processes import cpu_seconds, resident_bytes
-from pipeline.samples import RawSample, SampleReader
+from pipeline.samples import BadSample, RawSample, SampleReader
 from pipeline.store import Store
 from pipeline.telemetry import Span, Telemetry
 from pipeline.timeline import HandedOver
 
 Uint8 = NDArray[np.uint8]
+Work = Callable[[], Iterator[int]]  # a round over the images, told how many are done since
 T = TypeVar("T")
 Tick = Callable[[float], object]  # told the seconds that have passed since the last one
 
 _SAMPLES = 256  # kept in memory to be cut again and again
-_SETTLING_BATCHES = 4  # handed over before the clock starts
+_SETTLING_BATCHES = 4  # handed over before the clock starts, if they come in time
+_SETTLING_SHARE = 0.25  # of the time to measure
+_COLOUR_IMAGES = 16  # coloured at once
 _MOST_SPANS = 1_000_000  # some 200 MB; a minute of a node has more, of a rank hardly
 
 
@@ -111,6 +115,12 @@ class Looping:
     def cpu_s_per_image(self) -> float:
         return self.cpu_s / self.num_images
 
+    @property
+    def request_bytes(self) -> float:
+        """Mean size of a read; 0 if nothing was read."""
+        requests = self.sums.get("fetch_requests", 0.0)
+        return self.sums.get("fetch_bytes", 0.0) / requests if requests else 0.0
+
     def share(self, name: str) -> float:
         """Of the wall time; 0 for what was never counted."""
         return self.sums.get(name, 0.0) / self.wall_s
@@ -150,12 +160,19 @@ def measure_reading(
     asked, taken = itertools.tee(_random_pieces(snapshot.num_kept, chunk))
     prefetcher = Prefetcher([reader], asked, ahead_bytes=ahead_bytes, sample_bytes=[sample_bytes])
     kept: list[RawSample] = []
+    samples = (
+        prefetcher.take(0, piece.epoch, number)
+        for piece in taken
+        for number in range(piece.first, piece.last + 1)
+    )
     try:
-        _take(prefetcher, next(taken), kept)
-        telemetry.take()
+        begun_cpu_s, begun = cpu_seconds(), time.perf_counter()
+        _keep(next(samples), kept)
+        settling = telemetry.take()
         cpu_s, start = cpu_seconds(), time.perf_counter()
-        for piece in _until(start + seconds, taken, tick):
-            _take(prefetcher, piece, kept)
+        settling_s, settling_cpu_s = start - begun, cpu_s - begun_cpu_s
+        for sample in _until(start + seconds, samples, tick):
+            _keep(sample, kept)
         wall_s, cpu_s = time.perf_counter() - start, cpu_seconds() - cpu_s
         sums = telemetry.take()
     finally:
@@ -165,6 +182,8 @@ def measure_reading(
             f"none of the samples read of {dataset.url} is whole; run `python -m shard_tools "
             f"verify {dataset.url}`"
         )
+    if not sums.get("fetch_requests"):  # all had come with the first: so little, or so short
+        sums, wall_s, cpu_s = settling, wall_s + settling_s, cpu_s + settling_cpu_s
     counts = [sums.get(name, 0.0) for name in ("fetch_bytes", "fetch_requests", "fetch_retries")]
     return Reading(wall_s, cpu_s, *counts), kept
 
@@ -172,26 +191,18 @@ def measure_reading(
 def measure_cutting(
     samples: Sequence[RawSample], crops: CropsConfig, augmentation: AugmentConfig, *, seconds: float
 ) -> Cutting:
-    """Decode, cut and colour samples on one core, a third of the time each.
+    """Decode, cut and colour samples on one core, for some seconds in all.
 
-    Raises DataError if none of them is an image.
+    Raises DataError if none of those that were tried is an image.
     """
-    images = [sample for sample in samples if _is_image(sample, crops)]
-    if not images:
-        raise DataError(
-            f"none of {len(samples)} samples can be decoded, the first of them "
-            f"{samples[0].key} of {samples[0].shard}; run `python -m shard_tools verify`"
-        )
-    blocks = _empty_blocks(crops, len(images))
-    decode_s, crops_s, colour_s = (
-        _cpu_s(work, seconds / 3) / len(images)
-        for work in (
-            lambda: _decode(images),
-            lambda: _cut(images, crops, blocks),
-            lambda: _colour(images, blocks, augmentation),
-        )
-    )
-    return Cutting(decode_s, crops_s, colour_s)
+    images, blocks = _find_images(samples, crops, time.perf_counter() + seconds / 4)
+    rounds: list[Work] = [
+        lambda: _decode(images),
+        lambda: _cut(images, crops, blocks),
+        lambda: _colour(images, blocks, augmentation),
+    ]
+    next(rounds[-1]())  # may compile, as finding the images did for the others
+    return Cutting(*(_cpu_s(work, seconds / 4) for work in rounds))
 
 
 def measure_loader(loader: MultiCropLoader, *, seconds: float, tick: Tick) -> Looping:
@@ -204,8 +215,9 @@ def measure_loader(loader: MultiCropLoader, *, seconds: float, tick: Tick) -> Lo
     )
     next(batches)
     start_s = time.perf_counter() - asked
-    for _ in range(_SETTLING_BATCHES - 1):
-        next(batches)
+    settled = time.perf_counter() + _SETTLING_SHARE * seconds
+    for _ in _until(settled, itertools.islice(batches, _SETTLING_BATCHES - 1), lambda _: None):
+        pass
     telemetry.take()
     telemetry.take_spans()
     cpu_s, start = cpu_seconds(), time.perf_counter()
@@ -260,31 +272,44 @@ def _random_pieces(num_samples: int, chunk: int) -> Iterator[Piece]:
         yield Piece(0, number, first, last, frozenset(range(first, last + 1)))
 
 
-def _take(prefetcher: Prefetcher, piece: Piece, kept: list[RawSample]) -> None:
-    for number in range(piece.first, piece.last + 1):
-        sample = prefetcher.take(0, piece.epoch, number)
-        if isinstance(sample, RawSample) and len(kept) < _SAMPLES:
-            kept.append(sample)
+def _keep(sample: RawSample | BadSample, kept: list[RawSample]) -> None:
+    if isinstance(sample, RawSample) and len(kept) < _SAMPLES:
+        kept.append(sample)
 
 
-def _is_image(sample: RawSample, crops: CropsConfig) -> bool:
-    try:
-        _cut([sample], crops, _empty_blocks(crops, 1))
-    except SampleError:
-        return False
-    return True
+def _find_images(
+    samples: Sequence[RawSample], crops: CropsConfig, deadline_s: float
+) -> tuple[list[RawSample], list[Uint8]]:
+    """Those that can be decoded, as many as are tried by the deadline, and their crops."""
+    images: list[RawSample] = []
+    blocks = _empty_blocks(crops, len(samples))
+    for sample in samples:
+        try:
+            next(_cut([sample], crops, [block[:, len(images) :] for block in blocks]))
+            images.append(sample)
+        except SampleError:
+            pass
+        if images and time.perf_counter() >= deadline_s:
+            break
+    if not images:
+        raise DataError(
+            f"none of {len(samples)} samples can be decoded, the first of them "
+            f"{samples[0].key} of {samples[0].shard}; run `python -m shard_tools verify`"
+        )
+    return images, [block[:, : len(images)] for block in blocks]
 
 
 def _empty_blocks(crops: CropsConfig, batch_size: int) -> list[Uint8]:
     return [np.zeros(shape, np.uint8) for shape in block_shapes(crops, batch_size)]
 
 
-def _decode(images: Sequence[RawSample]) -> None:
+def _decode(images: Sequence[RawSample]) -> Iterator[int]:
     for image in images:
         decode_rgbx(image.data, guard_header(image.data))
+        yield 1
 
 
-def _cut(images: Sequence[RawSample], crops: CropsConfig, blocks: Sequence[Uint8]) -> None:
+def _cut(images: Sequence[RawSample], crops: CropsConfig, blocks: Sequence[Uint8]) -> Iterator[int]:
     headers = [guard_header(image.data) for image in images]
     boxes = crop_boxes(
         crops,
@@ -297,25 +322,27 @@ def _cut(images: Sequence[RawSample], crops: CropsConfig, blocks: Sequence[Uint8
     for slot, (image, header) in enumerate(zip(images, headers, strict=True)):
         out = [block[:, slot] for block in blocks]
         decode_crops(image.data, header, boxes[slot], out, reduced=crops.reduced_decode)
+        yield 1
 
 
 def _colour(
     images: Sequence[RawSample], blocks: Sequence[Uint8], augmentation: AugmentConfig
-) -> None:
-    numbers = [sample.number for sample in images]
-    drawn = draw_groups(augmentation, map(len, blocks), seed=0, epoch=0, samples=numbers)
-    for block, params in zip(blocks, drawn, strict=True):
-        augment_pixels(block, params)
+) -> Iterator[int]:
+    for first in range(0, len(images), _COLOUR_IMAGES):
+        stop = min(first + _COLOUR_IMAGES, len(images))
+        numbers = [sample.number for sample in images[first:stop]]
+        drawn = draw_groups(augmentation, map(len, blocks), seed=0, epoch=0, samples=numbers)
+        for block, params in zip(blocks, drawn, strict=True):
+            augment_pixels(block[:, first:stop], params)
+        yield stop - first
 
 
-def _cpu_s(work: Callable[[], None], seconds: float) -> float:
-    """CPU seconds of one call of it, by the mean of as many as fit; the first may compile."""
-    work()
-    calls, start, deadline = 0, time.thread_time(), time.perf_counter() + seconds
-    while calls == 0 or time.perf_counter() < deadline:
-        work()
-        calls += 1
-    return (time.thread_time() - start) / calls
+def _cpu_s(work: Work, seconds: float) -> float:
+    """CPU seconds of an image, by the mean of as many as fit; at least one."""
+    start, deadline_s = time.thread_time(), time.perf_counter() + seconds
+    rounds = itertools.chain.from_iterable(work() for _ in itertools.count())
+    num_images = sum(_until(deadline_s, rounds, lambda _: None))
+    return (time.thread_time() - start) / num_images
 
 
 def _colour_on_device(

@@ -97,6 +97,20 @@ def test_only_stalls_of_most_requests_mean_that_there_are_too_many() -> None:
     asyncio.run(run())
 
 
+def test_a_pause_keeps_its_turn_until_a_range_arrives() -> None:
+    async def run() -> None:
+        limiter = Limiter(2)
+        assert await limiter.pause(1000) > 999
+        limiter.throttled()
+        pausing = asyncio.create_task(limiter.pause(1000))
+        assert await limiter.pause(0.01) == 0
+        assert not pausing.done()
+        limiter.succeeded()
+        assert 0 < await asyncio.wait_for(pausing, SECONDS) < 1000
+
+    asyncio.run(run())
+
+
 def test_pauses_grow_at_random_until_patience_has_run_out() -> None:
     patience, error = Patience(1000), StoreError("no")
     pauses = [[Patience(1000).pause_s(error) for _ in range(200)]]
@@ -104,7 +118,9 @@ def test_pauses_grow_at_random_until_patience_has_run_out() -> None:
         pauses.append([patience.pause_s(error)])
     assert 0.15 < max(pauses[0]) <= 0.2
     assert min(pauses[0]) < 0.05
-    assert all(0 <= pause <= 20 for (pause,) in pauses[1:])
+    assert all(0 <= pause <= 5 for (pause,) in pauses[1:])
+    late = [Patience(1000).pause_s(error, falls=4) for _ in range(200)]
+    assert 2 < max(late) <= 3.2
     with pytest.raises(StoreError, match="no"):
         Patience(0).pause_s(error)
     assert Patience(0.01).pause_s(error) <= 0.01

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -412,9 +413,74 @@ def test_a_mount_that_hangs_is_reported_and_then_given_up(
         pytest.raises(StoreError, match=r"/key: its file system has not answered for 1 s"),
     ):
         read(reader, hung, 0, 10)
-    assert re.search(r"/key: its file system has not.*; waiting for it, up to 0 s", caplog.text)
+    assert re.search(
+        r" cannot be reached: its file system has not.*; waiting for it, up to 0 s", caplog.text
+    )
     with pytest.raises(StoreError, match="has not answered"):
         read(new_reader(patience_s=0, stall_s=0.1), hung, 0, 10)
+
+
+@pytest.fixture
+def closed_port(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of a store that is down, though it has the object: nobody listens there, nobody else will."""
+    open_store(s3_url).put_if_absent("key", BODY)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        yield port
+
+
+def test_a_dead_store_is_not_hammered(s3_url: str, closed_port: int) -> None:
+    reader, store = new_reader(), open_store(s3_url)
+    reads = [begin(reader.read(store, "key", i, 10)) for i in range(30)]
+    time.sleep(3)
+    attempts = total(reader, "fetch_requests")
+    time.sleep(3)
+    later = total(reader, "fetch_requests") - attempts
+    reader.close()
+    for each in reads:
+        with pytest.raises(StoreError, match="closed"):
+            each.result(SECONDS)
+    assert attempts <= 130
+    assert later <= 20
+    assert reader.limiter.limit <= 2
+
+
+def test_ranges_that_wait_for_their_turn_in_an_outage_share_its_clock(
+    s3_url: str, closed_port: int
+) -> None:
+    reader, store = new_reader(requests=1, patience_s=1.5), open_store(s3_url)
+    start = time.monotonic()
+    reads = [begin(reader.read(store, "key", i, 10)) for i in range(30)]
+    for each in reads:
+        with pytest.raises(StoreError, match="no connection"):
+            each.result(SECONDS)
+    assert time.monotonic() - start < 30 * 1.5 / 2
+
+
+def test_an_outage_has_one_beginning_and_one_end_in_the_log(
+    s3: S3Server,
+    s3_url: str,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("pipeline.ranges._QUIET_S", 0.5)
+    reader, store = new_reader(), open_store(s3_url)
+    with caplog.at_level(logging.WARNING):
+        reads = [begin(reader.read(store, "key", i, 10)) for i in range(30)]
+        time.sleep(2)
+        with FaultProxy(s3.url, port=closed_port):
+            assert [each.result(SECONDS) for each in reads] == [BODY[i : i + 10] for i in range(30)]
+    first, second = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        rf"{re.escape(store.url)} cannot be reached: no connection; check the network, "
+        r"AWS_ENDPOINT_URL and AWS_REGION; waiting for it, up to 29\d s",
+        first,
+    )
+    assert re.fullmatch(rf"{re.escape(store.url)} answers again after \d+ s", second)
 
 
 def test_close_leaves_a_mount_that_hangs(hung: Store) -> None:
