@@ -27,9 +27,9 @@ _LIMIT_REST_S = 1.0  # requests that were on their way together are refused toge
 class Limiter:
     """How many requests may be in flight: falls by half when the store complains, then recovers.
 
-    While nothing has arrived since it fell (`falls` counts how often), a range that failed keeps its
-    turn as long as it pauses (`pause`). Otherwise the others that wait would come to the same store
-    meanwhile, and all of them together without any pause.
+    While nothing has arrived since it fell (`falls` counts how often), a range that failed keeps
+    its turn as long as it pauses (`pause`). Otherwise the others that wait would come to the same
+    store meanwhile, and all of them together without any pause.
     """
 
     def __init__(self, most: int) -> None:
@@ -180,7 +180,7 @@ class Patience:
     def pause_s(self, error: StoreError, *, falls: int = 0) -> float:
         """After one more failure. Raises `error` when patience has run out.
 
-        `falls` are the limiter's: a range that is new to an outage does not begin with short pauses.
+        `falls` are the limiter's: whoever is new to an outage does not begin with short pauses.
         """
         if isinstance(error, ObjectMissingError | ObjectChangedError):
             return self._doubt_s(error)

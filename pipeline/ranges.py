@@ -57,7 +57,7 @@ buffers that one thread allocates and another frees go back to the kernel less o
 _TICK_S = 0.1  # between two looks at a request's pace
 _PART_SHARE = 1 / 16  # of stall_s: how often a request should be heard of
 _MOST_PART_BYTES = 1 << 20
-_MANY_FAILURES = 2  # of a range in a row; a single one says nothing about the store
+_MANY_FAILURES = 2  # of a range in a row; one of a range says nothing while others arrive
 _QUIET_S = 5.0  # of failures before anybody is told
 _REPEAT_S = 60.0  # between two messages
 _ADVICE_TO_REPEAT = ", then run the command again"  # is none for somebody whose run goes on
@@ -205,7 +205,7 @@ class RangeReader:
         outage = self._outage_of(wanted)
         patience.begin(max(outage.since, wanted.asked))
         pause_s = patience.pause_s(error, falls=self.limiter.falls)
-        if patience.failures >= _MANY_FAILURES:
+        if patience.failures >= _MANY_FAILURES or self.limiter.falls:
             self.limiter.throttled()
         self._count_failure(wanted)
         wanted.part_bytes = 1

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ from pipeline.samples import BadSample, RawSample
 from pipeline.tars import TarStream, expand_tars
 from pipeline.telemetry import Telemetry
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
 
@@ -224,7 +226,7 @@ class StreamingLoader:
         parts = min(len(slots), self._num_threads * _JOBS_PER_THREAD)
         for rows in np.array_split(np.arange(len(slots)), parts):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
-            filling.jobs.append(work.threads.submit(self._fill, work, filling, part))
+            filling.jobs.append(work.submit(self._fill, work, filling, part))
         return filling
 
     def _fill(self, work: "_Work", filling: "_Filling", rows: slice) -> list[BadSample]:
@@ -343,7 +345,16 @@ class _Work:
         self._stopped = threading.Event()
         self._follower = threading.Thread(target=self._follow, name="stream", daemon=True)
         self._follower.start()
-        self.threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._decoders = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have a thread do something."""
+        try:
+            return self._decoders.submit(function, *args, **kwargs)
+        except RuntimeError:
+            if self._stopped.is_set():  # just now, by another thread
+                raise _StoppedError from None
+            raise
 
     def take(self) -> RawSample:
         """The next image. Raises what ended the stream."""
@@ -367,7 +378,7 @@ class _Work:
             return
         self._stopped.set()
         self._end_stream()
-        self.threads.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=True, cancel_futures=True)
         self._follower.join(_END_S)
 
     def _follow(self) -> None:

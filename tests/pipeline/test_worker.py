@@ -153,7 +153,9 @@ def test_a_killed_worker_is_replaced_and_nothing_is_left(folder, expected, caplo
     assert len(told) == 2
     assert "rank 0" in told[0]
     assert "was killed by SIGKILL" in told[0]
-    assert leftovers() == before
+    now = leftovers()  # fewer descriptors: of an earlier test, closed meanwhile
+    assert now.pop("descriptors") <= before.pop("descriptors")
+    assert now == before
 
 
 def test_a_death_is_noticed_while_nobody_waits(folder):
