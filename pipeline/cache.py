@@ -56,7 +56,7 @@ class RangeCache:
         self._telemetry = telemetry
         self._known: set[str] = set()  # entries that this process has checked or written
         self._lock = threading.Lock()
-        self._is_full = self._is_broken = False
+        self._is_full = self._is_broken = self._was_damaged = False
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._count_file = os.open(self._folder / _COUNT_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -83,7 +83,7 @@ class RangeCache:
             self._stop_writing(error)
             return None
         if body is None:
-            self._drop(name)
+            self._drop_damaged(name)
             return None
         self._telemetry.add(cache_hits=1, cache_hit_bytes=length_bytes)
         return body
@@ -105,7 +105,7 @@ class RangeCache:
 
     def remove(self, content: bytes, start_bytes: int, length_bytes: int) -> None:
         """Forget a range whose samples are damaged."""
-        self._drop(_name(content, start_bytes, length_bytes))
+        self._drop_damaged(_name(content, start_bytes, length_bytes))
 
     def _read(self, name: str, length_bytes: int) -> bytes | None:
         """The range of an entry; None if it is damaged."""
@@ -144,7 +144,7 @@ class RangeCache:
             while count[0] + size > self._budget_bytes:
                 freed = self._drop_oldest()
                 if freed is None:
-                    self._is_full = True
+                    self._stop_growing()
                     return False
                 count[0] -= freed
             with part.open("wb") as file:
@@ -156,7 +156,15 @@ class RangeCache:
         with contextlib.suppress(OSError), self._counting() as count:
             count[0] -= _unlink(part)
 
-    def _drop(self, name: str) -> None:
+    def _drop_damaged(self, name: str) -> None:
+        """Remove an entry; told once."""
+        if not self._was_damaged:
+            self._was_damaged = True
+            _log.warning(
+                "fetch.cache_dir: %s is damaged and removed; its range is read from the store, as "
+                "with further ones, which are not told: if they are many, look at that disk",
+                self._path(name),
+            )
         self._known.discard(name)
         with contextlib.suppress(OSError), self._counting() as count:
             count[0] -= _unlink(self._path(name))
@@ -210,12 +218,25 @@ class RangeCache:
             finally:
                 fcntl.flock(self._count_file, fcntl.LOCK_UN)
 
+    def _stop_growing(self) -> None:
+        """Let no more in; told once."""
+        self._is_full = True
+        _log.warning(
+            "fetch.cache_dir: %s holds all of fetch.cache_bytes=%d that this run has used; what "
+            "else it needs is read from the store every time",
+            self._folder,
+            self._budget_bytes,
+        )
+
     def _stop_writing(self, error: OSError) -> None:
         """No more writing after an error; told once."""
         if not self._is_broken:
             self._is_broken = True
             _log.warning(
-                "fetch.cache_dir: %s is not written to any more: %s", self._folder, error.strerror
+                "fetch.cache_dir: %s is not written to any more: %s; what it holds is still used, "
+                "the rest is read from the store every time",
+                self._folder,
+                error.strerror,
             )
 
     def _path(self, name: str) -> Path:

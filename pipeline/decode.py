@@ -29,6 +29,7 @@ truncated one never does.
 """
 
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -101,6 +102,7 @@ _REFUSED = (
     (0, b"8BPS", "Photoshop"),
 )
 
+_PILLOW_BOMB = re.compile(r"(\d+) pixels\) exceeds limit of (\d+)")  # a limit of its own
 _SIMPLE_COLORS = ("YCbCr", "RGB", "Gray")
 _ORIENTATION = 0x0112  # the EXIF tag
 _START_OF_SCAN = 0xDA  # the JPEG marker after which pixels follow
@@ -135,7 +137,8 @@ def guard_header(
     if len(data) > max_bytes:
         raise SampleError(TOO_LARGE, f"{len(data)} bytes, allowed are {max_bytes}")
     image_format = _sniff(data)
-    header = _jpeg_header(data) if image_format == "JPEG" else _header(data, image_format)
+    find_header = _jpeg_header if image_format == "JPEG" else _header
+    header = find_header(data, image_format, max_pixels)
     width_px, height_px = header.width_px, header.height_px
     if width_px * height_px > max_pixels:
         raise SampleError(BOMB, f"{width_px}x{height_px} pixels, allowed are {max_pixels}")
@@ -277,19 +280,26 @@ def _sniff(data: bytes) -> str:
     raise SampleError(NOT_AN_IMAGE, f"starts with {head!r}")
 
 
-def _jpeg_header(data: bytes) -> ImageHeader:
+def _jpeg_header(data: bytes, image_format: str, max_pixels: int) -> ImageHeader:
     try:
         height_px, width_px, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # also for samplings that only Pillow takes
         if _ends_in_jpeg_header(data):
             raise SampleError(TRUNCATED, f"{len(data)} bytes end inside the JPEG header") from None
-        return _header(data, "JPEG")
-    return ImageHeader(width_px, height_px, "JPEG", colors in _SIMPLE_COLORS)
+        return _header(data, image_format, max_pixels)
+    return ImageHeader(width_px, height_px, image_format, colors in _SIMPLE_COLORS)
 
 
-def _header(data: bytes, image_format: str) -> ImageHeader:
-    with _open(data, image_format) as image:
-        return ImageHeader(image.width, image.height, image_format)
+def _header(data: bytes, image_format: str, max_pixels: int) -> ImageHeader:
+    try:
+        with _open(data, image_format) as image:
+            return ImageHeader(image.width, image.height, image_format)
+    except SampleError as error:
+        found = _PILLOW_BOMB.search(str(error)) if error.reason == BOMB else None
+        if found is None:
+            raise
+        pixels, limit = map(int, found.groups())
+        raise SampleError(BOMB, f"{pixels} pixels, allowed are {min(limit, max_pixels)}") from None
 
 
 def _jpeg_markers(data: bytes) -> Iterator[int | None]:

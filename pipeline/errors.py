@@ -92,6 +92,10 @@ class TrainingError(CropstreamError):
     """The training run itself went wrong."""
 
 
+class StoppedWaiting(Exception):  # noqa: N818 - no error, and nobody outside a loader sees it
+    """Whoever waits for a batch was told to stop."""
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command at the edge of the process and return its exit code.
 

@@ -2,16 +2,19 @@
 
 Used by resize.py and augment_host.py. A kernel is compiled when it is first called, or by
 `warm_up`, and kept on disk beside its file or in `NUMBA_CACHE_DIR`, so that only the first process
-on a machine waits for it. Where no folder is writable, or the disk is full, every process compiles
-for itself. The cache looks at the time stamp of a kernel's own file, so all its parts belong there.
+on a machine waits for it, and says so. Where no folder is writable, or the disk is full, every
+process compiles for itself. The cache looks at the time stamp of a kernel's own file, so all its
+parts belong there.
 """
 
 import functools
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from numba import int64, njit, types
+from numba.core import event
 from numba.extending import intrinsic
 
 P = ParamSpec("P")
@@ -19,6 +22,8 @@ R = TypeVar("R")
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 _compiling = threading.Lock()
+
+_log = logging.getLogger(__name__)
 
 
 def part(function: Callable[P, R]) -> Callable[P, R]:
@@ -45,10 +50,29 @@ class Kernel(Generic[P, R]):
 
     def _compile(self) -> Callable[P, R]:
         build = functools.partial(njit, self._signature, **_OPTIONS)
-        try:
-            return cast("Callable[P, R]", build(cache=True)(self._function))
-        except (RuntimeError, OSError):  # no folder is writable, or the disk is full
-            return cast("Callable[P, R]", build()(self._function))
+        with event.install_listener("numba:compile", _Announcer()):
+            try:
+                return cast("Callable[P, R]", build(cache=True)(self._function))
+            except (RuntimeError, OSError):  # no folder is writable, or the disk is full
+                return cast("Callable[P, R]", build()(self._function))
+
+
+class _Announcer(event.Listener):  # type: ignore[misc]  # numba has no types
+    """Hears of what is compiled, and not of what is loaded."""
+
+    def on_start(self, _: event.Event) -> None:
+        _announce()
+
+    def on_end(self, _: event.Event) -> None:
+        pass
+
+
+@functools.cache
+def _announce() -> None:
+    _log.warning(
+        "compiling the kernels for images, which takes some seconds; they are kept for later "
+        "starts where the folder of this code or NUMBA_CACHE_DIR can be written to"
+    )
 
 
 def memory_of(dtype: Any) -> Any:

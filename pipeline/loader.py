@@ -10,7 +10,7 @@ device has the workers do the colours, too, to the same bits.
 A sample that cannot be used is replaced by the next good one of its lane and entered in the
 quarantine, which the checkpoint carries.
 
-Memory of a rank: every worker some 200 MB of code; all together `loader.budget_bytes` at most of
+Memory of a rank: every worker some 250 MB of code; all together `loader.budget_bytes` at most of
 encoded samples, measured in bytes of shards, to which bodies that have just arrived and are still
 being copied out may add a third; the ring, prefetch_batches + 1 batches of uint8 crops; and 128 MiB
 at most of shards' indexes for every worker and source. `describe` says what samples and crops come
@@ -19,8 +19,8 @@ to. Without a device there are float32 crops, too: two batches between the train
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import count, takewhile
 from time import perf_counter
@@ -39,7 +39,7 @@ from pipeline.batches import DataSet, Replaced, Share, mean_sample_bytes, mix_da
 from pipeline.cores import usable_cores
 from pipeline.crops import CropsConfig, block_shapes
 from pipeline.decode import MAX_PIXELS
-from pipeline.errors import UsageError
+from pipeline.errors import StoppedWaiting, UsageError
 from pipeline.fetch import FetchConfig
 from pipeline.lending import Lender
 from pipeline.manifest import Snapshot, read_snapshot
@@ -162,6 +162,7 @@ class MultiCropLoader:
         state, quarantine: where to go on, and the bad samples known by then, of a checkpoint. Of
             these, what killed or hung its decoder is never decoded; the others are tried again,
             as they are in a run that was not interrupted.
+        is_stopped: asked while a batch is waited for; when it is true the iteration ends there.
         record_spans: keep every timed block for `telemetry.take_spans`.
 
     Use it as a context manager, or call `close`: it owns processes. They start when iteration
@@ -191,6 +192,7 @@ class MultiCropLoader:
         epochs: int | None = None,
         state: State | None = None,
         quarantine: Iterable[Mapping[str, Any]] = (),
+        is_stopped: Callable[[], bool] = lambda: False,
         record_spans: bool = False,
     ) -> None:
         self.config = config
@@ -203,6 +205,7 @@ class MultiCropLoader:
         self.device = torch.device(device)
         self.epochs = epochs
         self.telemetry = Telemetry(record_spans=record_spans)
+        self._is_stopped = is_stopped
         _refuse_tars(config)
         if state is not None:
             _check_asked(config, seed, state)
@@ -284,11 +287,12 @@ class MultiCropLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         on_cuda = self.device.type == "cuda"
-        return self._iterate_cuda() if on_cuda else self._iterate_host()
+        with suppress(StoppedWaiting):
+            yield from self._iterate_cuda() if on_cuda else self._iterate_host()
 
     def cut_batches(self) -> Iterator[CutBatch]:
         """The batches before colour, on the host; asking for the next gives one's blocks back."""
-        with self._working(colour=False) as (workers, ring):
+        with suppress(StoppedWaiting), self._working(colour=False) as (workers, ring):
             for step in self._steps():
                 taken = self._take_over(workers, ring, step)
                 self._hand_out(taken)
@@ -383,7 +387,7 @@ class MultiCropLoader:
     def _take_over(self, workers: Workers, ring: Ring, step: int) -> "_Taken":
         """Wait until a batch is filled."""
         start = perf_counter()
-        done = workers.wait(step)
+        done = workers.wait(step, self._is_stopped)
         self._account(start, perf_counter(), done)
         epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
         slots = self.mixture.slots(epoch, step_of_epoch, self.lanes)

@@ -175,7 +175,7 @@ class Patience:
         self.since = min(self.since, now)
 
     def left_s(self, now: float) -> float:
-        return self.since + self._patience_s - now
+        return self._patience_s - (now - self.since)
 
     def pause_s(self, error: StoreError, *, falls: int = 0) -> float:
         """After one more failure. Raises `error` when patience has run out.

@@ -82,6 +82,8 @@ class FetchConfig:
     def __post_init__(self) -> None:
         if self.cache_dir and not self.cache_bytes:
             raise ValueError("cache_dir needs cache_bytes, how much may be kept there")
+        if self.cache_bytes and not self.cache_dir:
+            raise ValueError("cache_bytes needs cache_dir, the folder to keep them in")
 
 
 def fetch_loop() -> asyncio.AbstractEventLoop:

@@ -1008,6 +1008,11 @@ def _translate(error: Exception, verb: str, url: str) -> StoreError:
             f"{what}: there is no such object; check the URL or, if a snapshot names it, "
             "restore it: `python -m shard_tools verify` finds all like it"
         )
+    if "Not a directory" in str(error):
+        return StoreError(
+            f"{what}: {_file_in(url)} is a file, and a folder is expected there; name the folder "
+            "of a data set or a run (tars to be streamed end in .tar)"
+        )
     if isinstance(error, obstore_errors.PreconditionError):
         return ObjectChangedError(
             f"{what}: the object is not the one that was recorded; seal or adopt the data set again"
@@ -1028,6 +1033,12 @@ def _translate(error: Exception, verb: str, url: str) -> StoreError:
     if isinstance(error, denied) or re.search(r"status code: 40[13]\b", str(error)):
         return AccessDeniedError(f"{what}: {reason}; {_access_advice(url)}")
     return StoreError(f"{what}: {reason}; {_failure_advice(url)}")
+
+
+def _file_in(url: str) -> str:
+    """What is no folder on the way to a local path, though there is something below it."""
+    path = _local_path(url)
+    return str(next((each for each in path.parents if each.is_file()), path) if path else url)
 
 
 def _reason(error: Exception) -> str:

@@ -15,12 +15,14 @@ prefetch_batches + 1 batches of uint8 crops.
 """
 
 import logging
+import math
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -33,7 +35,7 @@ from pipeline.augment_host import augment_pixels, normalize_into
 from pipeline.cores import usable_cores
 from pipeline.crops import CropsConfig, block_shapes, crop_boxes, decode_crops
 from pipeline.decode import ImageHeader, guard_header
-from pipeline.errors import SampleError, UsageError
+from pipeline.errors import SampleError, StoppedWaiting, UsageError
 from pipeline.lending import Lender
 from pipeline.loader import Batch, LoaderConfig
 from pipeline.quarantine import Quarantine
@@ -68,6 +70,9 @@ class StreamingLoader:
     Its arguments are of the same meaning, but of `config` the order's settings do not apply, nor do
     workers, and `epoch_samples` is what counts as an epoch: nobody knows how many images there are.
 
+    `telemetry` gets `data_wait_s`, how long the training loop waited: `wait_fetch_s` until the last
+    image that the stream kept waiting had come, then `wait_decode_s`.
+
     Raises UsageError for a data set or sizes that do not fit; while iterating, StoreError when a
     store stays out of reach, DataError when more than `max_bad_samples` images were bad (of several
     ranks, the trainer counts those of all; left to itself, one fails a batch late), or all.
@@ -87,6 +92,7 @@ class StreamingLoader:
         epochs: int | None = None,
         state: Mapping[str, Any] | None = None,
         quarantine: Iterable[Mapping[str, Any]] = (),
+        is_stopped: Callable[[], bool] = lambda: False,
         record_spans: bool = False,
     ) -> None:
         _check_sizes(config.global_batch, config.epoch_samples, world_size)
@@ -100,6 +106,7 @@ class StreamingLoader:
         self.epochs = epochs
         self.num_samples = config.epoch_samples
         self.telemetry = Telemetry(record_spans=record_spans)
+        self._is_stopped = is_stopped
         known = list(quarantine)
         self.quarantine = Quarantine(
             config.dataset, limit=config.max_bad_samples, entries=known, world_size=world_size
@@ -189,7 +196,10 @@ class StreamingLoader:
                 if not pending:
                     return
                 filling = pending.popleft()
-                batch = self._finish(filling)
+                try:
+                    batch = self._finish(filling)
+                except StoppedWaiting:
+                    return
                 free.append(filling.blocks)
                 self._epoch, self._step = self._behind(batch.epoch, batch.step)
                 yield batch
@@ -238,7 +248,7 @@ class StreamingLoader:
         bad: dict[int, BadSample] = {}
         for row, slot in enumerate(filling.slots[rows].tolist()):
             out = [block[:, row] for block in blocks]
-            while (found := self._cut(work.take(), filling.epoch, slot, out)) is not None:
+            while (found := self._cut(filling.take(work), filling.epoch, slot, out)) is not None:
                 self._known.add(found.number)
                 bad[found.number] = found
                 if len(bad) > self.config.max_bad_samples:
@@ -284,14 +294,28 @@ class StreamingLoader:
 
     def _finish(self, filling: "_Filling") -> Batch:
         """Wait for a batch and bring it to the device."""
-        with self.telemetry.timed("data_wait_s"):
-            bad = _results(filling.jobs)
+        start = perf_counter()
+        bad = [each for job in filling.jobs for each in self._result(job)]
+        end = perf_counter()
+        arrived = min(max(start, filling.arrived_s), end)
+        self.telemetry.record("data_wait_s", start, end)
+        self.telemetry.add(wait_fetch_s=arrived - start, wait_decode_s=end - arrived)
         self.telemetry.add(substituted_samples=len(bad))
         replaced = [(each, -1) for each in bad]
         self.quarantine.add_batch(replaced, epoch=filling.epoch, step=filling.step)
         with self.telemetry.timed("augment_s"):
             crops = self._to_device(filling)
         return Batch(filling.epoch, filling.step, filling.slots, crops)
+
+    def _result(self, job: "Future[list[BadSample]]") -> list[BadSample]:
+        while not job.done():
+            if self._is_stopped():
+                raise StoppedWaiting
+            wait([job], _GLANCE_S)
+        try:
+            return job.result()
+        except CancelledError:
+            raise _StoppedError from None
 
     def _to_device(self, filling: "_Filling") -> list[torch.Tensor]:
         if self.device.type == "cpu":
@@ -310,13 +334,25 @@ class StreamingLoader:
 
 @dataclass
 class _Filling:
-    """A batch that threads fill. slots: int64 [B]; blocks: uint8 [count, B, s, s, 3]."""
+    """A batch that threads fill. slots: int64 [B]; blocks: uint8 [count, B, s, s, 3].
+
+    arrived_s: of time.perf_counter, when the last image that had to be waited for came.
+    """
 
     epoch: int
     step: int
     slots: Int64
     blocks: list[UInt8]
     jobs: list[Future[list[BadSample]]] = field(default_factory=list)
+    arrived_s: float = -math.inf
+
+    def take(self, work: "_Work") -> RawSample:
+        """The next image of the stream."""
+        is_here = work.is_ahead()
+        sample = work.take()
+        if not is_here:
+            self.arrived_s = perf_counter()
+        return sample
 
 
 class _StoppedError(UsageError):
@@ -355,6 +391,10 @@ class _Work:
             if self._stopped.is_set():  # just now, by another thread
                 raise _StoppedError from None
             raise
+
+    def is_ahead(self) -> bool:
+        """Whether an image waits to be taken."""
+        return not self._ahead.empty()
 
     def take(self) -> RawSample:
         """The next image. Raises what ended the stream."""
@@ -405,13 +445,6 @@ class _Work:
             self._put(error)
         except _StoppedError:
             return
-
-
-def _results(jobs: Iterable[Future[list[BadSample]]]) -> list[BadSample]:
-    try:
-        return [each for job in jobs for each in job.result()]
-    except CancelledError:
-        raise _StoppedError from None
 
 
 def _as_crops(block: NDArray[Any]) -> torch.Tensor:

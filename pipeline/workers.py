@@ -31,7 +31,7 @@ from pathlib import Path
 from socket import SHUT_RDWR, socket, socketpair
 
 from pipeline.batches import Share
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, StoppedWaiting, UsageError
 from pipeline.messages import Assignment, Condemned, Done, Failed
 from pipeline.ranges import READER_ENVIRONMENT
 from pipeline.ring import Ring
@@ -41,6 +41,7 @@ from pipeline.worker import receive, serve
 _MAX_DEATHS = 3  # in a row, without a batch between them
 _START_LIMIT_S = 120.0  # for a worker to import what it needs, on a slow file system too
 _LOOK_S = 0.5  # between two looks at the pulses
+_GLANCE_S = 0.1  # while the loop waits, between two looks whether it still wants to
 _END_LIMIT_S = 5.0  # for a worker to end by itself once its socket is closed
 
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
@@ -109,16 +110,19 @@ class Workers:
         with self._news:
             return len(self._done[step]) == len(self._workers)
 
-    def wait(self, step: int) -> list[Done]:
+    def wait(self, step: int, is_stopped: Callable[[], bool] = lambda: False) -> list[Done]:
         """Wait for a step, and return what every worker has to tell of it, once.
 
-        Raises what made a worker fail, and DataError for one that dies again and again.
+        Raises what made a worker fail, DataError for one that dies again and again, and
+        StoppedWaiting when `is_stopped` says so meanwhile.
         """
         with self._news:
             while self._closing.is_set() or len(self._done[step]) < len(self._workers):
                 if self._failure is not None:
                     raise self._failure
-                self._news.wait()
+                if is_stopped():
+                    raise StoppedWaiting
+                self._news.wait(_GLANCE_S)
             done = self._done.pop(step)
         return [done[worker.number] for worker in self._workers]
 
@@ -197,12 +201,12 @@ class Workers:
         why = worker.bury()
         numbers = [held.number for held in self._ring.pulse(worker.number).in_hand()]
         worker.suspects = tuple(dict.fromkeys((*worker.suspects, *numbers)))
-        suspects = ", ".join(map(str, worker.suspects)) or "none"
+        suspects = ", ".join(map(str, worker.suspects))
         epoch, step = divmod(worker.step, self._num_steps)
         where = (
             f"loader worker {worker.number} of rank {self._rank} (lanes {worker.share.lanes.start} "
             f"to {worker.share.lanes.stop - 1}) {why} at step {step} of epoch {epoch}, decoding "
-            f"samples {suspects} of {_names(worker.share)}"
+            f"{f'samples {suspects}' if suspects else 'nothing'} of {_names(worker.share)}"
         )
         self._telemetry.add(worker_restarts=1)
         if worker.deaths >= _MAX_DEATHS:

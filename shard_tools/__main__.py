@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 
+from pipeline.cores import usable_cores
 from pipeline.errors import UsageError, run_command
 from pipeline.manifest import Snapshot, latest_version, read_snapshot
 from pipeline.store import Store, open_store
@@ -201,7 +201,7 @@ def _dedup(arguments: argparse.Namespace) -> None:
             prefer=arguments.prefer,
             dry_run=arguments.dry_run,
             memory_bytes=arguments.memory,
-            threads=os.cpu_count() or 1,
+            threads=usable_cores(),
             on_tick=progress.show,
         )
     if arguments.json:
@@ -273,7 +273,7 @@ def _verify(arguments: argparse.Namespace) -> None:
             dataset,
             snapshot,
             quick=arguments.quick,
-            workers=arguments.workers or os.cpu_count() or 1,
+            workers=arguments.workers or usable_cores(),
             on_tick=progress.show,
         )
     if arguments.json:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeAlias, TypeVar
 
+from pipeline.cores import usable_cores
 from pipeline.errors import UsageError
 from shard_tools.download import DownloadSettings
 from shard_tools.filters import load_filter
@@ -454,7 +455,7 @@ def _add_workers(parser: _Group) -> None:
         "--workers",
         type=_positive,
         metavar="N",
-        help=f"processes (default: one a CPU, here {os.cpu_count()})",
+        help=f"processes (default: one a core, here {usable_cores()})",
     )
 
 

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from pipeline.cores import usable_cores
 from shard_tools.engine import (
     Engine,
     Outcome,
@@ -54,7 +55,7 @@ class LocalEngine(Engine[Task, Result]):
     """Runs tasks in processes of this machine; `progress_of` is not needed."""
 
     def _open(self) -> Pool:
-        return _LocalPool(self._function, self._workers or os.cpu_count() or 1)
+        return _LocalPool(self._function, self._workers or usable_cores())
 
 
 @dataclass(eq=False)

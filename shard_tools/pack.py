@@ -8,7 +8,6 @@ another packer, nothing is packed twice and nothing lost.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from pipeline.cores import usable_cores
 from pipeline.errors import SampleError, StoreError, UsageError
 from pipeline.manifest import new_attempt
 from pipeline.shards import IndexRows, ShardWriter, encode_index_table, sample_key
@@ -154,7 +154,7 @@ def _num_workers(options: PackOptions, num_units: int) -> int | None:
     """Processes; None for all that a cluster has."""
     if options.address is not None:
         return options.workers
-    return min(options.workers or os.cpu_count() or 1, max(num_units, 1))
+    return min(options.workers or usable_cores(), max(num_units, 1))
 
 
 def _engine(

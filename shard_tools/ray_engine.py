@@ -20,6 +20,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.cores import usable_cores
 from pipeline.errors import CropstreamError, UsageError
 from shard_tools.engine import (
     Engine,
@@ -196,7 +197,7 @@ def connect(ray: Any, address: str | None, workers: int | None) -> None:
     if address is None:
         ray.init(
             "local",  # with None, Ray would join RAY_ADDRESS
-            num_cpus=workers or os.cpu_count(),
+            num_cpus=workers or usable_cores(),
             num_gpus=0,
             include_dashboard=False,
             object_store_memory=_OBJECT_STORE_BYTES,

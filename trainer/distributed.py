@@ -10,15 +10,18 @@ A rank that dies must not leave the others waiting for ever: every collective en
 """
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeline.errors import UsageError
+from pipeline.errors import CropstreamError, UsageError
+
+T = TypeVar("T")
 
 TIMEOUT_S = 600.0
 
@@ -95,6 +98,21 @@ def start_world(*, timeout_s: float = TIMEOUT_S) -> World:
     if device.type == "cuda":
         host_group = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, local_rank, world_size, device, host_group)
+
+
+def together(world: World, build: Callable[[], T]) -> T:
+    """Do on every rank what may fail by a user's mistake; if one fails all end, told once."""
+    result, failure = None, None
+    try:
+        result = build()
+    except CropstreamError as error:
+        failure = error
+    failures = [each for each in world.gather(failure) if each is not None]
+    if failures:
+        if world.is_first:
+            raise failures[0]
+        sys.exit(failures[0].exit_code)
+    return result  # type: ignore[return-value]
 
 
 def launched_rank() -> int:

@@ -4,50 +4,39 @@ Called by `python -m trainer` and `deepspeed --module trainer`. A run that is st
 from its newest checkpoint and trains on exactly the batches it would have seen.
 """
 
-import math
 import os
-import resource
 import signal
 import socket
 import sys
-import time
-import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Gt
 
-from pipeline.config import dump_config
-from pipeline.errors import CropstreamError, TrainingError, UsageError
-from pipeline.loader import Batch, MultiCropLoader
-from pipeline.quarantine import Entry, in_order
+from pipeline.errors import CropstreamError, UsageError
+from pipeline.loader import MultiCropLoader
 from pipeline.streaming import StreamingLoader
 from pipeline.tars import names_tars
 from trainer.checkpoint import Checkpoints
-from trainer.distributed import World
+from trainer.distributed import World, together
 from trainer.engine import DeepSpeedEngine, Engine
 from trainer.fragments import Checkpoint
 from trainer.metrics import MetricsLog
 from trainer.models import build_model
 from trainer.optim import LARC, parameter_groups
 from trainer.queue import FeatureQueue
+from trainer.run import Loader, Run, Trained
 from trainer.schedule import warmup_cosine
-from trainer.step import StepResult, swav_step
+from trainer.step import swav_step
 
 if TYPE_CHECKING:  # config.py collects the sections, ours among them
     from trainer.config import Config
-
-T = TypeVar("T")
-Loader = MultiCropLoader | StreamingLoader
-
-# Where a step's time went, of what the loader counts: told also when it is nothing.
-_WAITS = ("data_wait_s", "wait_fetch_s", "wait_decode_s", "wait_handover_s", "transfer_s")
 
 STOPPED = 3  # exit code: a checkpoint was committed, start me again
 
@@ -68,14 +57,12 @@ def train(config: "Config", world: World) -> int:
     Returns the exit code: 0 done, 3 stopped by SIGTERM after a committed checkpoint.
     """
     stop = _catch_sigterm()
-    run = _prepare(config, world)
-    total_steps = config.train.epochs * run.loader.steps_per_epoch
+    run = _prepare(config, world, stop)
     queue_start = _queue_start(config, run.loader.steps_per_epoch)
-    _announce(run, total_steps)
+    _announce(run)
 
-    with run.loader, together(world, lambda: _open_log(run, total_steps)) as log, _kept(run):
-        clock = _Clock(run.loader, run.first_step)
-        for step, batch in enumerate(run.loader, start=run.first_step):
+    with run.loader, together(world, lambda: _open_log(run)) as run.log, _telling_what_is_kept(run):
+        for step, batch in enumerate(run.batches(stop.is_set), start=run.num_steps):
             queue = run.queue if step >= queue_start else None
             queue_used = queue is not None and queue.is_full
             lr = _learning_rate(config, step, run.loader.steps_per_epoch)
@@ -92,99 +79,37 @@ def train(config: "Config", world: World) -> int:
                 freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
                 group=dist.group.WORLD,
             )
-            stopping, num_found = world.sum(stop.is_set(), run.loader.quarantine.num_found)
-            run.check_quarantine(num_found)
-            done = step + 1
-            ending = stopping or done == total_steps
-            logging = done % config.train.log_every_steps == 0 or ending
-            saving = done % config.checkpoint.every_steps == 0 or ending
-            if logging or saving:  # a checkpoint of a run that has diverged is worse than none
-                loss = _read_loss(run, result, batch)
-            if logging:
-                record = {"step": step, "epoch": batch.epoch, "loss": loss, "lr": lr}
-                record |= {"queue_used": queue_used, **clock.lap(world, step)}
-                if log:
-                    log.write(record)
-            if saving:
-                run.save(done, log)
-            if ending:
-                _conclude(run, done, total_steps, num_found)
-            if stopping and done < total_steps:
-                return STOPPED
-    return 0
+            figures = {"lr": lr, "queue_used": queue_used}
+            run.note(Trained(step, batch.epoch, batch.samples, result.loss, figures))
+        run.finish()
+    _conclude(run)
+    return 0 if run.num_steps >= run.total_steps else STOPPED
 
 
-@dataclass
-class _Run:
-    """A run that is ready for its next step."""
-
-    config: "Config"
-    world: World
-    checkpoints: Checkpoints
-    loader: Loader
-    engine: Engine
-    queue: FeatureQueue | None
-    num_found: int = 0  # of all ranks, of bad samples, when they were last looked at
-    first_step: int = 0
-    saved_step: int = 0  # of the newest checkpoint; 0 before there is one
-    changes: list[str] = field(default_factory=list)  # of settings, since the checkpoint
-    history: bytes = b""  # metrics of before we were started, on rank 0
-
-    def resume(self, checkpoint: Checkpoint) -> None:
-        state = self.checkpoints.restore(checkpoint, self.engine, queue=self.queue)
-        self.first_step = self.saved_step = checkpoint.step
-        self.changes = changed_settings(state["config"], dump_config(self.config))
-        self.history = self.checkpoints.metrics(checkpoint)
-
-    def check_quarantine(self, num_found: int) -> None:
-        """Raise DataError, told once, when all ranks together have met too many bad samples.
-
-        num_found: sum over ranks. It is the same on all of them, so they look at the same step.
-        """
-        quarantine = self.loader.quarantine
-        if num_found > self.num_found and quarantine.may_be_over(num_found):
-            self.num_found = num_found
-            found = self.gather_quarantine()
-            together(self.world, lambda: quarantine.check(found))
-
-    def gather_quarantine(self) -> list[Entry]:
-        """The bad samples that some rank has met by now, or an earlier run."""
-        position = self.loader.state_dict()
-        found = self.loader.quarantine.before(position["epoch"], position["step"])
-        return in_order(each for part in self.world.gather(found) for each in part)
-
-    def save(self, step: int, log: MetricsLog | None) -> None:
-        state = {
-            "loader": self.loader.state_dict(),
-            "quarantine": self.gather_quarantine(),
-            "config": dump_config(self.config),
-        }
-        metrics = log.all_lines() if log else b""
-        self.checkpoints.save(step, self.engine, queue=self.queue, state=state, metrics=metrics)
-        self.saved_step = step
-
-
-def _prepare(config: "Config", world: World) -> _Run:
+def _prepare(config: "Config", world: World, stop: "_Flag") -> Run:
     """Everything a run needs, in the state of its newest checkpoint if there is one."""
     checkpoints = together(world, lambda: Checkpoints(config.checkpoint, world))
     checkpoint = checkpoints.latest()
-    loader = together(world, lambda: _build_loader(config, world, checkpoint))
+    loader = together(world, lambda: _build_loader(config, world, checkpoint, stop))
     queue = together(world, lambda: _build_queue(config, world, loader))
     checkpoints.prove_writable()
     engine = _build_engine(config, world)
-    run = _Run(config, world, checkpoints, loader, engine, queue)
+    run = Run(config, world, checkpoints, loader, engine, queue)
     if checkpoint is not None:
         run.resume(checkpoint)
     return run
 
 
-def _open_log(run: _Run, total_steps: int) -> AbstractContextManager[MetricsLog | None]:
+def _open_log(run: Run) -> AbstractContextManager[MetricsLog | None]:
     if not run.world.is_first:
         return nullcontext()
     directory = run.config.train.log_dir
     try:
         return MetricsLog(
-            directory, history=run.history, first_step=run.first_step, total_steps=total_steps
+            directory,
+            history=run.history,
+            first_step=run.num_steps,
+            total_steps=run.total_steps,
         )
     except OSError as error:
         raise UsageError(
@@ -193,22 +118,18 @@ def _open_log(run: _Run, total_steps: int) -> AbstractContextManager[MetricsLog 
         ) from None
 
 
-def together(world: World, build: Callable[[], T]) -> T:
-    """Do on every rank what may fail by a user's mistake; if one fails all end, told once."""
-    result, failure = None, None
+@contextmanager
+def _telling_what_is_kept(run: Run) -> Iterator[None]:
     try:
-        result = build()
+        yield
     except CropstreamError as error:
-        failure = error
-    failures = [each for each in world.gather(failure) if each is not None]
-    if failures:
-        if world.is_first:
-            raise failures[0]
-        sys.exit(failures[0].exit_code)
-    return result  # type: ignore[return-value]
+        error.args = (f"{error}\n({run.kept})",)
+        raise
 
 
-def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None) -> Loader:
+def _build_loader(
+    config: "Config", world: World, checkpoint: Checkpoint | None, stop: "_Flag"
+) -> Loader:
     """Of the packed data sets of the configuration, or of plain tars."""
     build: Callable[..., Loader] = partial(MultiCropLoader, fetch=config.fetch)
     if names_tars(config.loader.dataset):
@@ -225,6 +146,7 @@ def _build_loader(config: "Config", world: World, checkpoint: Checkpoint | None)
         epochs=config.train.epochs,
         state=checkpoint.state["loader"] if checkpoint else None,
         quarantine=checkpoint.state["quarantine"] if checkpoint else (),
+        is_stopped=stop.is_set,
     )
 
 
@@ -306,51 +228,6 @@ def _learning_rate(config: "Config", step: int, steps_per_epoch: int) -> float:
     )
 
 
-def _read_loss(run: _Run, result: StepResult, batch: Batch) -> float:
-    """The mean loss over ranks; here the host waits for the device.
-
-    Raises TrainingError on every rank when the loss of one is not finite, naming its samples.
-    """
-    world, mine = run.world, result.loss.item()
-    loss: float = world.mean([mine]).item()
-    if not math.isfinite(loss):
-        where = f"{mine} on rank {world.rank}, samples {batch.samples[:8].tolist()}…"
-        found = [each for each in world.gather(None if math.isfinite(mine) else where) if each]
-        url = run.config.checkpoint.run
-        raise TrainingError(
-            f"the loss is not finite at step {batch.step} of epoch {batch.epoch}: {found[0]} "
-            f"({len(found)} rank(s) in all). Go on from an older checkpoint with a lower "
-            f"schedule.base_lr or engine.precision=fp32: `python -m trainer.checkpoint ls {url}` "
-            f"lists them, `python -m trainer.checkpoint rm {url} --step N` removes a newer one"
-        )
-    return loss
-
-
-class _Clock:
-    """Rates between logged steps, and what this process has used."""
-
-    def __init__(self, loader: Loader, first_step: int) -> None:
-        self._loader = loader
-        self._step = first_step - 1
-        self._time = time.perf_counter()
-
-    def lap(self, world: World, step: int) -> dict[str, Any]:
-        now = time.perf_counter()
-        steps = step - self._step
-        seconds = (now - self._time) / steps
-        sums = self._loader.telemetry.take()
-        self._step, self._time = step, now
-        return {
-            "images_per_s": self._loader.batch_size * world.world_size / seconds,
-            "step_s": seconds,
-            **{name: sums.pop(name, 0.0) / steps for name in _WAITS},
-            **{f"loader/{name}": amount / steps for name, amount in sorted(sums.items())},
-            "world_size": world.world_size,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "time": time.time(),
-        }
-
-
 class _Flag:
     def __init__(self) -> None:
         self._set = False
@@ -369,48 +246,15 @@ def _catch_sigterm() -> _Flag:
     return flag
 
 
-def changed_settings(before: str, now: str) -> list[str]:
-    """The differences of two configurations as `dump_config` writes them: "key old -> new"."""
-    old, new = _flat(before), _flat(now)
-    keys = dict.fromkeys([*new, *old])
-    return [
-        f"{key} {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
-
-
-def _flat(text: str) -> dict[str, Any]:
-    tree = tomllib.loads(text)
-    return {f"{name}.{key}": value for name, part in tree.items() for key, value in part.items()}
-
-
-@contextmanager
-def _kept(run: _Run) -> Iterator[None]:
-    """A run that fails says what of it is not lost."""
-    try:
-        yield
-    except CropstreamError as error:
-        step, url = run.saved_step, run.config.checkpoint.run
-        kept = "no checkpoint was written yet"
-        if step:
-            kept = f"the same command goes on from the checkpoint of step {step} in {url}"
-        error.args = (f"{error}\n({kept})",)
-        raise
-
-
-def _conclude(run: _Run, done: int, total_steps: int, num_found: int) -> None:
+def _conclude(run: Run) -> None:
     """Say why the run ends here, and what it could not use."""
     if not run.world.is_first:
         return
-    if done < total_steps:
+    if run.num_steps < run.total_steps:
+        _say(f"stopped by SIGTERM at step {run.num_steps}: {run.kept}")
+    if run.num_found:
         _say(
-            f"stopped by SIGTERM: the checkpoint of step {done} is committed, the same command "
-            f"goes on from there"
-        )
-    if num_found:
-        _say(
-            f"{num_found} bad sample(s) were met since the start and replaced by others; the "
+            f"{run.num_found} bad sample(s) were met since the start and replaced by others; the "
             f"checkpoint lists them, `python -m shard_tools verify` finds all there are"
         )
 
@@ -419,13 +263,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201 - a run's log begins and ends so
 
 
-def _announce(run: _Run, total_steps: int) -> None:
+def _announce(run: Run) -> None:
     if not run.world.is_first:
         return
     config = run.config
-    begun = f"resuming at step {run.first_step}" if run.first_step else "starting"
+    begun = f"resuming at step {run.num_steps}" if run.num_steps else "starting"
     lines = [
-        f"{begun} of {total_steps}: {run.loader.describe()}; checkpoints in "
+        f"{begun} of {run.total_steps}: {run.loader.describe()}; checkpoints in "
         f"{config.checkpoint.run}, logs in {config.train.log_dir} (pid {os.getpid()})"
     ]
     if run.changes:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.augment import AugmentConfig
+from pipeline.cores import usable_cores
 from pipeline.crops import CropsConfig
 from pipeline.loader import LoaderConfig, MultiCropLoader
 from pipeline.processes import cpu_seconds
@@ -57,7 +58,7 @@ def rows() -> Iterator[Row]:
     if not torch.cuda.is_available():
         yield from (Row(name, None, unit, note="no CUDA device") for name, unit in NAMES.items())
         return
-    device, cores = torch.cuda.get_device_name(), len(os.sched_getaffinity(0))
+    device, cores = torch.cuda.get_device_name(), usable_cores()
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(f"{folder}/data", list(photographs(IMAGES, TRAIN)), per_shard=1024)
         images_per_s, cpu_s = load(f"{folder}/data")
@@ -110,7 +111,7 @@ def _consume(batches: Iterator[Any], count: int, device: torch.device) -> None:
 def _cuda() -> dict[str, str]:
     """Undo what keeps the tests' children on CPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    threads = str(len(os.sched_getaffinity(0)))
+    threads = str(usable_cores())
     return {
         "DS_ACCELERATOR": "cuda",
         "CUDA_VISIBLE_DEVICES": visible.split(",")[0],

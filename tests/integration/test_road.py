@@ -1,9 +1,6 @@
 """The whole road as a user walks it: pack, train under the deepspeed launcher, SIGKILL, resume."""
 
 import json
-import os
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +21,6 @@ from tests.support.launch import (
     wait_for,
 )
 from tests.support.s3_server import S3Server
-from trainer.fragments import saved_steps
 
 pytestmark = pytest.mark.dist
 
@@ -46,7 +42,7 @@ SETTINGS = [
     "schedule.warmup_epochs=0",
     "schedule.freeze_prototypes_steps=3",
     "engine.zero_stage=1",
-    "checkpoint.every_steps=4",
+    "checkpoint.every_steps=6",
     f"train.epochs={EPOCHS}",
     "train.log_every_steps=1",
 ]
@@ -95,7 +91,7 @@ def test_kill_and_resume_is_the_uninterrupted_run(dataset: str, tmp_path: Path) 
     resumed = start_deepspeed(arguments, log=log)
     assert resumed.wait(240) == 0, log.read_text()[-4000:]
     records = read_metrics(metrics)
-    assert records[before]["step"] in (12, 16), "resumed from the newest checkpoint"
+    assert records[before]["step"] in (12, 18), "resumed from the newest checkpoint"
     seen = losses(metrics)
     assert sorted(seen) == sorted(expected)
     for step, loss in expected.items():
@@ -116,48 +112,6 @@ def test_kill_and_resume_is_the_uninterrupted_run(dataset: str, tmp_path: Path) 
     again = run_module("trainer", *arguments)
     assert again.returncode == 0, "a finished run has nothing left to do, in any world"
     assert len(read_metrics(metrics)) == len(records)
-
-
-def test_sigterm_to_the_ranks_commits_the_step_they_have_reached(
-    dataset: str, tmp_path: Path
-) -> None:
-    """Neither a step that is logged nor one that is saved anyway."""
-    log = tmp_path / "launcher.log"
-    rare = ["train.log_every_steps=1000", "checkpoint.every_steps=1000", "train.epochs=200"]
-    arguments = train_arguments(dataset, "stopped", tmp_path)
-    stopped = start_deepspeed([*arguments, *rare], log=log)
-    wait_for(stopped, lambda: (tmp_path / "stopped" / "metrics.jsonl").exists(), log=log)
-    ranks = ranks_of(stopped)
-    assert len(ranks) == 2
-    for rank in ranks:
-        os.kill(rank, signal.SIGTERM)
-    stopped.wait(60)
-    [done] = saved_steps(open_store("s3://cropstream/road/runs/stopped"))
-    assert 0 < done < 200 * STEPS_PER_EPOCH
-    assert done % 1000
-
-    metrics = tmp_path / "stopped" / "metrics.jsonl"
-    assert [record["step"] for record in read_metrics(metrics)] == [done - 1]
-    epochs = f"train.epochs={done // STEPS_PER_EPOCH + 1}"
-    resumed = start_deepspeed([*arguments, epochs], log=log)
-    assert resumed.wait(240) == 0, log.read_text()[-4000:]
-    assert read_metrics(metrics)[1]["step"] == done
-
-
-def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """The training processes that a launcher has started, however deep."""
-    found, parents = [], [launcher.pid]
-    while parents:
-        listed = subprocess.run(
-            ["ps", "-o", "pid=,args=", "--ppid", ",".join(map(str, parents))],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        children = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
-        found += [int(pid) for pid, line in children if " -m trainer " in line]
-        parents = [int(pid) for pid, _ in children]
-    return found
 
 
 def loaders(dataset: str, world_size: int) -> list[MultiCropLoader]:

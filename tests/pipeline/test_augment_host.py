@@ -287,12 +287,10 @@ def test_several_processes_may_compile_at_once(tmp_path: Path) -> None:
     children = [subprocess.Popen([sys.executable, "-c", WARM_UP], env=environment) for _ in "123"]
     assert [child.wait(120) for child in children] == [0, 0, 0]
     assert list(tmp_path.rglob("*.nbi"))
-    hits = f"{WARM_UP}; import pipeline.augment_host as h; k = h._kernels().augment"
-    hits += "; print(sum(k.stats.cache_hits.values()))"
     again = subprocess.run(
-        [sys.executable, "-c", hits], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", WARM_UP], env=environment, capture_output=True, text=True, check=True
     )
-    assert again.stdout.strip() == "1"
+    assert "compiling" not in again.stderr
 
 
 @pytest.mark.slow

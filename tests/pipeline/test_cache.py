@@ -52,7 +52,9 @@ def test_ranges_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "grow", "empty"])
-def test_a_damaged_entry_is_removed(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_entry_is_removed(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     cache_of(tmp_path).put(SHARD, 0, BODY)
     (entry,) = entries(tmp_path)
     stored = entry.read_bytes()
@@ -68,15 +70,23 @@ def test_a_damaged_entry_is_removed(tmp_path: Path, damage: str) -> None:
     assert not entries(tmp_path)
     cache.put(SHARD, 0, BODY)
     assert cache.get(SHARD, 0, len(BODY)) == BODY
+    cache.remove(SHARD, 0, len(BODY))
+    assert not entries(tmp_path)
+    (record,) = caplog.records
+    assert f"{entry} is damaged" in record.getMessage()
 
 
-def test_what_this_run_has_used_stays_and_the_rest_is_refused(tmp_path: Path) -> None:
+def test_what_this_run_has_used_stays_and_the_rest_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = cache_of(tmp_path, entries=3.5)
     for number in range(6):
         cache.put(SHARD, number, BODY)
     found = [cache.get(SHARD, number, len(BODY)) is not None for number in range(6)]
     assert found == [True] * 3 + [False] * 3
     assert cache._telemetry.total("cache_refused") == 3
+    (record,) = caplog.records
+    assert f"fetch.cache_bytes={round(3.5 * ENTRY_BYTES)}" in record.getMessage()
 
 
 def test_what_earlier_runs_left_goes_oldest_first(tmp_path: Path) -> None:
@@ -199,6 +209,7 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     (record,) = caplog.records
     assert os.strerror(errno.EFBIG) in record.getMessage()
+    assert "the rest is read from the store" in record.getMessage()
     assert cache.get(SHARD, 0, len(BODY)) == BODY
     assert not list(tmp_path.glob(".*"))
     assert held_bytes(tmp_path) == ENTRY_BYTES

@@ -276,6 +276,17 @@ def test_bombs_are_refused_from_the_header(width_px: int) -> None:
         assert reason_of(function, data) == decode.BOMB
 
 
+@pytest.mark.parametrize("width_px", [10_000, 60_000])
+def test_a_bomb_is_told_with_our_limit_and_not_with_pillows(width_px: int) -> None:
+    with pytest.raises(SampleError, match=r"pixels, allowed are 1000$"):
+        guard_header(png_header(width_px, width_px), max_pixels=1000)
+
+
+def test_beyond_pillows_limit_its_own_is_told() -> None:
+    with pytest.raises(SampleError, match=r"^bomb: 3600000000 pixels, allowed are 178956970$"):
+        guard_header(png_header(60_000, 60_000), max_pixels=10**12)
+
+
 @given(cut=st.integers(min_value=3, max_value=len(JPEG) - 1))
 @settings(max_examples=150, deadline=None)
 def test_a_jpeg_cut_anywhere_is_truncated(cut: int) -> None:

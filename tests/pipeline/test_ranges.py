@@ -544,3 +544,5 @@ def test_a_cache_needs_its_size() -> None:
     assert load_config(Whole, None, ["fetch.requests=4"]).fetch.requests == 4
     with pytest.raises(ConfigError, match="cache_bytes"):
         load_config(Whole, None, ["fetch.cache_dir=/tmp/somewhere"])
+    with pytest.raises(ConfigError, match="needs cache_dir"):
+        load_config(Whole, None, ["fetch.cache_bytes=4096"])

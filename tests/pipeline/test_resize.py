@@ -196,7 +196,7 @@ def test_without_a_place_to_cache_it_still_compiles() -> None:
 
 @pytest.mark.slow
 def test_processes_may_compile_at_the_same_time(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", f"import {resize.__name__}"]
+    command = [sys.executable, "-c", "from pipeline.resize import warm_up; warm_up()"]
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
     for count in (2, 1):  # the last one only loads
         processes = [subprocess.Popen(command, env=environment) for _ in range(count)]

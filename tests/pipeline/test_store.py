@@ -327,9 +327,11 @@ def test_nobody_listens(s3_url: str, closed_port: int, monkeypatch: pytest.Monke
 
 def test_an_awkward_file_where_a_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match=r"cannot write.*check the path") as caught:
-        open_store(tmp_path / "file").put_if_absent("key", b"x")
-    assert "AWS" not in str(caught.value)
+    for store in (open_store(tmp_path / "file"), open_store(tmp_path / "file" / "below")):
+        for attempt in (lambda s: s.put_if_absent("key", b"x"), lambda s: s.head("key")):
+            with pytest.raises(StoreError, match=r"/file is a file.*name the folder") as caught:
+                attempt(store)
+            assert "AWS" not in str(caught.value)
     with pytest.raises(StoreError, match="cannot write"), open_store(tmp_path / "file").writer("k"):
         pass
 

@@ -93,7 +93,9 @@ def test_tars_on_a_real_store(tmp_path, s3, s3_url):
             assert all(crops.dtype == torch.float32 for crops in batch.crops)
         sums = loader.telemetry.take()
     assert sums["fetch_bytes"] > 24 * 500
-    assert sums["data_wait_s"] > 0
+    assert sums["data_wait_s"] == pytest.approx(sums["wait_fetch_s"] + sums["wait_decode_s"])
+    assert sums["wait_fetch_s"] > 0
+    assert sums["wait_decode_s"] >= 0
     assert "lost_tars" not in sums
 
 
@@ -242,6 +244,21 @@ def test_closing_does_not_wait_for_a_store_that_never_answers(tmp_path):
         assert said == ["this iteration has ended: the loader was closed or begun again"]
     follower.join(30)
     assert not follower.is_alive()
+
+
+def test_who_is_told_to_stop_does_not_wait_for_a_store_that_never_answers():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        dataset = f"http://127.0.0.1:{silent.getsockname()[1]}/0.tar"
+
+        def is_stopped() -> bool:
+            connections.append(silent.accept()[0])
+            return True
+
+        connections: list[socket.socket] = []
+        with open_loader(dataset, {"epoch_samples": BATCH}, is_stopped=is_stopped) as loader:
+            assert next(iter(loader), None) is None
+            assert loader.state_dict()["step"] == 0
+        connections[0].close()
 
 
 def test_a_state_without_a_position_is_refused(tmp_path):

@@ -169,7 +169,7 @@ def test_a_cluster_without_cpus_is_told_of() -> None:
         "    if next(ticks, None) is None:\n"
         "        raise SystemExit(7)\n"
         "alone = ray_engine.RayEngine(square, address=None, workers=None, on_tick=on_tick)\n"
-        "ray.init('local', num_cpus=0, include_dashboard=False)\n"
+        "ray.init('local', num_cpus=0, include_dashboard=False, log_to_driver=False)\n"
         "print(list(alone.run([3])))\n"
     )
     ended = subprocess.run(

@@ -86,3 +86,19 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool], *, log: 
         )
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.05)
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The training processes that a launcher has started, however deep."""
+    found, parents = [], [launcher.pid]
+    while parents:
+        listed = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", ",".join(map(str, parents))],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        children = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
+        found += [int(pid) for pid, line in children if " -m trainer " in line]
+        parents = [int(pid) for pid, _ in children]
+    return found

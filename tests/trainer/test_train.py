@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,19 @@ from pipeline.errors import UsageError
 from pipeline.loader import MultiCropLoader
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
+from tests.support.fault_proxy import FaultProxy, Kind, Rule
 from tests.support.launch import (
     LIMIT_S,
     ROOT,
     environment,
+    ranks_of,
     read_metrics,
     run_module,
     start_deepspeed,
     wait_for,
 )
 from tests.support.processes import run_ranks
+from tests.support.s3_server import S3Server
 from tests.support.trajectory import this_world
 from trainer.config import Config
 from trainer.distributed import World
@@ -135,6 +139,37 @@ def test_too_many_bad_samples_end_a_run_at_the_same_step_whatever_the_world_size
     assert steps[0] == steps[1]
     assert said[0] == said[1]
     assert len(said[0]) == 3 + 7, "shards, and samples"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("ends_by", ["sigterm", "patience"])
+def test_what_was_trained_is_saved_when_the_data_stay_away(
+    ends_by: str, s3: S3Server, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the ranks are told to stop while they wait, or give up by themselves."""
+    write_dataset(f"{s3_url}/data", pictures(40))
+    log, metrics = tmp_path / "log", tmp_path / "logs" / "metrics.jsonl"
+    settings = [*SETTINGS, f"loader.dataset={s3_url}/data", "loader.lanes=2", "loader.workers=0"]
+    settings += [f"checkpoint.run={tmp_path / 'run'}", f"train.log_dir={tmp_path / 'logs'}"]
+    settings += [f"fetch.patience_s={1 if ends_by == 'patience' else 300}", "train.epochs=9999"]
+    with FaultProxy(s3.url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        run = start_deepspeed(settings, log=log)
+        wait_for(run, lambda: len(read_metrics(metrics)) >= 3, log=log)
+        proxy.rules = [Rule(kind=Kind.STALL)]
+        if ends_by == "sigterm":
+            wait_for(run, lambda: proxy.count(Kind.STALL) >= 2, log=log)
+            time.sleep(2)  # by now, what was read ahead is used up
+            for rank in ranks_of(run):
+                os.kill(rank, signal.SIGTERM)
+        assert run.wait(60) != 0, log.read_text()
+    text = log.read_text()
+    assert "Traceback" not in text
+    done = read_metrics(metrics)[-1]["step"] + 1
+    assert saved_steps(open_store(f"{tmp_path}/run")) == [done]
+    kept = f"the same command goes on from the checkpoint of step {done} in {tmp_path}"
+    assert text.count(kept) == 1
+    assert ("stopped by SIGTERM at step" in text) == (ends_by == "sigterm")
 
 
 def _count_sharers() -> tuple[int, int]:
