@@ -73,7 +73,7 @@ def _children(pid: int | str, module: bytes) -> list[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
             found += map(int, task.read_text().split())
-    return sorted(child for child in found if module in _command(child))
+    return sorted(child for child in set(found) if module in _command(child))
 
 
 def _command(pid: int) -> bytes:
@@ -129,7 +129,7 @@ def test_a_worker_is_small_and_has_no_torch(folder):
     assert "cropstream-ring" in maps
     assert "torch" not in maps
     threads = next(line for line in status.splitlines() if line.startswith("Threads:"))
-    assert int(threads.split()[1]) < 20
+    assert int(threads.split()[1]) < 20 + 32, "32 may be reading files"
     program = "import json, sys, pipeline.worker; json.dump(sorted(sys.modules), sys.stdout)"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, cwd=ROOT)
     assert {"torch", "torchvision"}.isdisjoint(json.loads(child.stdout))
