@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 NPROC ?= $(shell $(BIN)/python -c 'import torch; print(max(1, torch.cuda.device_count()))')
 PORT ?= 29500
+JOBS ?= 2
 CODE := pipeline shard_tools trainer tests
 
 .PHONY: help setup check test test-slow demo shards train bench chaos clean
@@ -35,11 +36,11 @@ check: setup  ## lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup  ## all tests but the exhaustive ones (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest
+test: setup  ## all tests but the exhaustive ones (10 minutes on 2 cores) [JOBS=2]
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the exhaustive matrices
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile
 
 demo: setup  ## the whole road on real images in a few minutes [IMAGES=dir]
 	$(BIN)/python -m tests.demo.run $(if $(IMAGES),--images '$(IMAGES)')
