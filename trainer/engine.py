@@ -28,22 +28,36 @@ from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from trainer.optim import LARC, Segment, SegmentTable, normalize_rows
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Section `engine`: how a step is spread over the ranks, and in which numbers."""
 
-    zero_stage: Annotated[int, Ge(0), Le(1)] = 0  # 1: masters and momentum divided over the ranks
-    precision: str = "fp32"  # or bf16: convolutions and linear layers in bfloat16
+    # What is divided over the ranks: 1 masters and momentum, 2 gradients too, 3 weights too.
+    zero_stage: Annotated[int, Ge(0), Le(3)] = 0
+    precision: str = "fp32"  # or bf16, fp16: convolutions and linear layers in half precision
+    accumulation_steps: Annotated[int, Gt(0)] = 1  # parts in which a rank's batch is computed
+    gradient_clipping: Annotated[float, Ge(0)] = 0.0  # norm over all parameters; 0: none
+    offload: str = "none"  # or cpu: masters and momentum in host memory, from stage 1 on
+    overlap_communication: bool = False  # sum gradients while others are computed; more memory
+    channels_last: bool = True  # memory format of images and activations
+    compile: bool = False  # the trunk through torch.compile
 
     def __post_init__(self) -> None:
-        if self.precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is fp32 or bf16, got {self.precision!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if self.offload not in ("none", "cpu"):
+            raise ValueError(f"offload is none or cpu, got {self.offload!r}")
+        if self.offload == "cpu" and not self.zero_stage:
+            raise ValueError("offload=cpu needs zero_stage 1, 2 or 3: stage 0 has no masters")
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class OptimConfig:
     trust_coefficient: Annotated[float, Gt(0)] = 0.001
     eps: Annotated[float, Ge(0)] = 1e-8
     clip: bool = False
+    exclude_bias_and_norm: bool = False  # they get plain SGD without decay; SwAV adapts them too
 
 
 class Segment(NamedTuple):

@@ -21,7 +21,8 @@ class ScheduleConfig:
     start_lr: Annotated[float, Ge(0)] = 0.3  # of the warm-up's first step
     warmup_epochs: Annotated[int, Ge(0)] = 10
     warmup_steps: Annotated[int, Ge(-1)] = -1  # -1: warmup_epochs' worth
-    freeze_prototypes_steps: Annotated[int, Ge(0)] = 313  # first steps without prototype updates
+    # First steps without prototype updates; -1: they stay as drawn for the whole run.
+    freeze_prototypes_steps: Annotated[int, Ge(-1)] = 313
 
 
 def warmup_cosine(

@@ -29,6 +29,7 @@ class SinkhornConfig:
 
     epsilon: Annotated[float, Gt(0)] = 0.05  # weight of the entropy; smaller means sharper codes
     num_iterations: Annotated[int, Ge(0)] = 3
+    hard_codes: bool = False  # each sample to its best prototype alone; the paper's are soft
 
 
 @torch.no_grad()

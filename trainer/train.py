@@ -49,6 +49,9 @@ class TrainConfig:
     seed: Annotated[int, Ge(0)] = 31
     log_every_steps: Annotated[int, Gt(0)] = 10
     log_dir: str = "build/runs"  # metrics.jsonl and TensorBoard files of this machine
+    profile_step: Annotated[int, Ge(-1)] = -1  # from it on steps are traced into log_dir; -1: none
+    profile_num_steps: Annotated[int, Gt(0)] = 3
+    peak_tflops: Annotated[float, Ge(0)] = 0.0  # of a device, to tell MFU; 0: known by its name
 
 
 def train(config: "Config", world: World) -> int:

@@ -54,7 +54,10 @@ class ModelConfig:
     head_batchnorm: bool = True
     feat_dim: Annotated[int, Gt(0)] = 128
     num_prototypes: Annotated[int, Gt(0)] = 3000
-    sync_batchnorm: bool = True  # statistics over all ranks
+    batchnorm_ranks: Annotated[int, Ge(0)] = 0  # that share statistics; 0: all, 1: each its own
+    # Where segments of a stage's blocks end that are computed again in the backward pass, as in
+    # SEER: [[2], [7], [9, 17], []] is two segments in stage 3 and none in stage 4. Empty: none.
+    activation_checkpoints: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check_name(self.backbone)
@@ -80,7 +83,7 @@ def build_model(config: ModelConfig, group: dist.ProcessGroup | None = None) -> 
         num_hidden_layers=config.num_hidden_layers,
         head_batchnorm=config.head_batchnorm,
     )
-    if config.sync_batchnorm and group is not None:
+    if config.batchnorm_ranks != 1 and group is not None:
         convert_sync_batchnorm(model, group)
     return model
 
