@@ -16,6 +16,7 @@ from trainer.models.batchnorm import SyncBatchNorm, convert_sync_batchnorm
 from trainer.models.heads import SwAVModel, projection_head
 from trainer.models.regnet import SHAPES, RegNet
 from trainer.models.resnet import ResNet, resnet18, resnet50
+from trainer.models.small import SmallNet
 
 __all__ = [
     "BACKBONES",
@@ -41,6 +42,7 @@ BACKBONES: Mapping[str, Callable[[], Backbone]] = {
     "resnet50w4": partial(resnet50, widen=4),
     "resnet50w5": partial(resnet50, widen=5),
     **{name: partial(RegNet, shape) for name, shape in SHAPES.items()},
+    "small": SmallNet,
 }
 
 
