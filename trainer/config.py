@@ -8,6 +8,7 @@ from pipeline.fetch import FetchConfig
 from pipeline.loader import LoaderConfig
 from trainer.checkpoint import CheckpointConfig
 from trainer.engine import EngineConfig
+from trainer.health import HealthConfig
 from trainer.loss import LossConfig
 from trainer.models import ModelConfig
 from trainer.optim import OptimConfig
@@ -34,6 +35,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if max(self.loss.crops_for_assign) >= self.crops.num_crops:
