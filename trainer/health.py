@@ -264,7 +264,7 @@ def _entropy(codes_ABK: Tensor) -> Tensor:
     """Mean entropy in nats of the codes, whose rows need not sum to one (0 Sinkhorn iterations)."""
     mass_AB = codes_ABK.sum(dim=-1).clamp_min(torch.finfo(codes_ABK.dtype).tiny)
     entropy_AB: Tensor = torch.special.entr(codes_ABK).sum(dim=-1) / mass_AB + mass_AB.log()
-    return entropy_AB.mean()
+    return entropy_AB.clamp_min(0).mean()
 
 
 def _agreement(observed: Observed, best_AB: Tensor) -> Tensor:
