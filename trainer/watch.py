@@ -207,10 +207,20 @@ class _Seen:
         trends = self.trends
         return trends.loss - trends.lowest > self.config.max_loss_rise * trends.chance
 
+    @property
+    def has_stale_queue(self) -> bool:
+        return self.queue_used and self["queue_drift"] > self.config.max_queue_drift
+
+    @property
+    def has_uniform_codes(self) -> bool:
+        return self["code_entropy"] > self.config.max_code_entropy * self.trends.chance
+
     def _margins(self, loss: float) -> float:
         chance = self.trends.chance
         return (loss - chance) / (self.config.chance_margin * chance)
 
+
+_NO_STEPS = "The learning rate is 0: set schedule.base_lr, and schedule.start_lr of a warm-up"
 
 # The rules: what is seen and what to do about it, or None.
 
@@ -226,14 +236,14 @@ def _stuck_at_chance(seen: _Seen) -> str | None:
 
 def _why_at_chance(seen: _Seen) -> str:
     if seen.lr == 0:
-        return "The learning rate is 0: set schedule.base_lr and schedule.start_lr"
+        return _NO_STEPS
     if seen["feature_std"] < seen.config.min_feature_std:
         return (
             f"All images have nearly the same feature (health/feature_std "
             f"{seen['feature_std']:.2g}): lower sinkhorn.epsilon, lower schedule.base_lr, and keep "
             f"the prototypes as drawn for longer (schedule.freeze_prototypes_steps)"
         )
-    if seen["code_entropy"] > seen.config.max_code_entropy * seen.trends.chance:
+    if seen.has_uniform_codes:
         return (
             f"The codes are nearly uniform (health/code_entropy {seen['code_entropy']:.2f}) and "
             f"teach nothing: lower sinkhorn.epsilon"
@@ -247,11 +257,15 @@ def _why_at_chance(seen: _Seen) -> str:
 def _loss_not_falling(seen: _Seen) -> str | None:
     if seen.has_learned or not seen.above_chance > 1:
         return None
+    why = _NO_STEPS
+    if seen.lr > 0:
+        why = (
+            f"Most likely the steps are too large: lower schedule.base_lr (now at {seen.lr:.3g}), "
+            f"warm up for longer (schedule.warmup_epochs), or raise loss.temperature (0.1 in SwAV)"
+        )
     return (
         f"the loss of {seen.trends.loss:.4f} has not come below ln K = {seen.trends.chance:.4f}: "
-        f"predictions are worse than none. Most likely the steps are too large, or none at all: "
-        f"lower schedule.base_lr (now at {seen.lr:.3g}) or warm up for longer "
-        f"(schedule.warmup_epochs); a loss.temperature that is too low does it too"
+        f"predictions are worse than none. {why}"
     )
 
 
@@ -270,26 +284,27 @@ def _queue_exploded(seen: _Seen) -> str | None:
     if not seen.queue_used or not (seen.has_risen or seen.has_leapt):
         return None
     before = seen.trends.loss_before_queue if seen.has_leapt else seen.trends.lowest
+    drift = seen["queue_drift"]
+    shown = "" if math.isnan(drift) else f" (health/queue_drift {drift:.2f})"
     return (
         f"the loss has risen from {before:.4f} to {seen.trends.loss:.4f} since the queue is in "
-        f"use. Most likely its features are out of date{_drift_seen(seen)}: start it later "
-        f"(queue.start_epoch, queue.start_step), at a lower rate (schedule.base_lr, now at "
-        f"{seen.lr:.3g}), or make it shorter (queue.length)"
+        f"use. Most likely its features are out of date{shown}: {_fresher_queue(seen)}"
     )
 
 
-def _drift_seen(seen: _Seen) -> str:
-    drift = seen["queue_drift"]
-    return "" if math.isnan(drift) else f" (health/queue_drift {drift:.2f})"
-
-
 def _queue_drift(seen: _Seen) -> str | None:
-    if not seen.queue_used or not seen["queue_drift"] > seen.config.max_queue_drift:
+    if not seen.has_stale_queue:
         return None
     return (
         f"a feature has lost {seen['queue_drift']:.0%} of what it says of its image by the time it "
         f"leaves the queue, and spoils the codes of new ones. The weights change too fast for this "
-        f"queue: start it later (queue.start_epoch, queue.start_step), at a lower rate "
+        f"queue: {_fresher_queue(seen)}"
+    )
+
+
+def _fresher_queue(seen: _Seen) -> str:
+    return (
+        f"start it later (queue.start_epoch, queue.start_step), at a lower rate "
         f"(schedule.base_lr, now at {seen.lr:.3g}), or make it shorter (queue.length)"
     )
 
@@ -321,9 +336,22 @@ def _collapsed_features(seen: _Seen) -> str | None:
     if not seen["feature_std"] < seen.config.min_feature_std:
         return None
     return (
-        f"all images have nearly the same feature: health/feature_std is {seen['feature_std']:.2g} "
-        f"of 1. Most likely the codes teach nothing: lower sinkhorn.epsilon, check "
-        f"sinkhorn.num_iterations (3 at least), lower schedule.base_lr"
+        f"all images have nearly the same feature (health/feature_std {seen['feature_std']:.2g}, "
+        f"1 when they are spread out). {_why_collapsed(seen)}"
+    )
+
+
+def _why_collapsed(seen: _Seen) -> str:
+    if seen.has_stale_queue:
+        return f"Most likely the queue's features are out of date: {_fresher_queue(seen)}"
+    if seen.has_uniform_codes:
+        return (
+            "Most likely the codes are too soft to teach anything: lower sinkhorn.epsilon, then "
+            "schedule.base_lr"
+        )
+    return (
+        "Most likely the codes are not balanced, and all images get the same: raise "
+        "sinkhorn.num_iterations (3 in SwAV), then lower schedule.base_lr"
     )
 
 
