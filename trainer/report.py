@@ -4,7 +4,7 @@
 
 The page needs no network, no script and no other file: curves are inline SVG, pictures are data
 URLs, and its content security policy allows nothing else. `write_report` is a pure function of its
-inputs; `read_metrics` and `training_curves` turn the loop's JSON lines into them.
+inputs; `read_metrics`, `training_curves` and `alarm_table` turn the loop's JSON lines into them.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import json
 import math
 import sys
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -118,13 +118,20 @@ def read_metrics(lines: Iterable[str]) -> Metrics:
     return Metrics([rows[step] for step in sorted(rows)], resumed_steps)
 
 
-def training_curves(metrics: Metrics, *, num_prototypes: int) -> list[Curve]:
-    """The loss with its chance level ln K, the learning rate, and the images a second."""
+def training_curves(
+    metrics: Metrics, *, num_prototypes: int, limits: Mapping[str, float] | None = None
+) -> list[Curve]:
+    """The loss with its chance level ln K, the learning rate, the images a second, and the health.
+
+    `limits` is section `health` of the run's configuration: figures are drawn with the value from
+    which on they are an alarm. A figure that was never logged has no curve.
+    """
     rows = metrics.rows
     steps = [row["step"] for row in rows]
     queued = [row["step"] for row in rows if row.get("queue_used")]
     marks = [(step, "queue on") for step in queued[:1]]
     marks += [(step, "resumed") for step in metrics.resumed_steps]
+    marks += [(step, name.replace("_", " ")) for step, name, _ in _alarms(metrics)]
     chance = (math.log(num_prototypes), f"ln K = {math.log(num_prototypes):.2f}")
     return [
         Curve(
@@ -142,7 +149,73 @@ def training_curves(metrics: Metrics, *, num_prototypes: int) -> list[Curve]:
             values=_column(rows, "images_per_s"),
             from_zero=True,
         ),
+        *_health_curves(rows, steps, chance, limits or {}),
     ]
+
+
+def alarm_table(metrics: Metrics) -> list[Table]:
+    """The alarms that rang, one a row; no table if there were none."""
+    alarms = _alarms(metrics)
+    if not alarms:
+        return []
+    rows = [(f"{step:,}", name.replace("_", " "), message) for step, name, message in alarms]
+    return [Table(title="Alarms", columns=("Step", "Alarm", "Cause and remedy"), rows=rows)]
+
+
+def _alarms(metrics: Metrics) -> list[tuple[int, str, str]]:
+    """Step, name and message of every alarm: the loop logs "name: message"."""
+    found = []
+    for row in metrics.rows:
+        for alarm in row.get("alarms", ()):
+            name, _, message = alarm.partition(": ")
+            found.append((row["step"], name, message))
+    return found
+
+
+class _Figure(NamedTuple):
+    """A figure of trainer.health and how it is drawn."""
+
+    name: str
+    title: str
+    limit: str = ""  # the setting from which on it is an alarm
+    in_powers: bool = False  # of ten
+
+
+_FIGURES = (
+    _Figure("code_entropy", "Entropy of a code, nats"),
+    _Figure("crop_agreement", "Crops that agree with the code"),
+    _Figure("prototypes_used", "Prototypes in use", "min_prototypes_used"),
+    _Figure("nearest_prototypes", "Largest cosine of two prototypes"),
+    _Figure("feature_std", "Spread of features (1: the whole sphere)", "min_feature_std"),
+    _Figure("queue_drift", "Drift of queued features (1: they say nothing)", "max_queue_drift"),
+    _Figure("grad_norm_max", "Largest gradient norm, power of ten", in_powers=True),
+    _Figure("trust_ratio_min", "Smallest trust ratio, power of ten", in_powers=True),
+)
+
+
+def _health_curves(
+    rows: Sequence[dict[str, Any]],
+    steps: Sequence[int],
+    chance: tuple[float, str],
+    limits: Mapping[str, float],
+) -> list[Curve]:
+    curves = []
+    for figure in _FIGURES:
+        values = _column(rows, f"health/{figure.name}")
+        if all(map(math.isnan, values)):
+            continue
+        if figure.in_powers:
+            values = [math.log10(value) if value > 0 else math.nan for value in values]
+        levels = [(limits[figure.limit], "alarm")] if figure.limit in limits else []
+        if figure.name == "code_entropy":
+            levels = [chance]
+        from_zero = not figure.in_powers
+        curves.append(
+            Curve(
+                title=figure.title, steps=steps, values=values, levels=levels, from_zero=from_zero
+            )
+        )
+    return curves
 
 
 def _parse_row(line: str) -> dict[str, Any] | None:
@@ -191,6 +264,7 @@ svg text { fill: var(--soft); font: 12px system-ui, "Segoe UI", "Liberation Sans
 .spot:hover { fill: var(--series); }
 .level { stroke: var(--level); stroke-dasharray: 5 4; }
 .mark { stroke: var(--mark); stroke-dasharray: 2 3; }
+svg .level-text, svg .mark-text { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
 svg .level-text { fill: var(--level); }
 svg .mark-text { fill: var(--mark); }
 .images { display: grid; gap: .5rem 1.5rem; }
@@ -328,7 +402,7 @@ def _frame(curve: Curve, points: Sequence[tuple[float, float]]) -> _Frame:
         height=330 if curve.wide else 210,
         x_range=(first, max(last, first + 1)),
         y_range=(low, high + margin),
-        top=26 if curve.marks else 8,
+        top=28 if curve.marks else 8,
     )
 
 
@@ -368,7 +442,7 @@ def _mark(frame: _Frame, step: float, label: str, row: int) -> str:
     """A vertical line; labels of neighbours stand on alternating rows."""
     x = frame.x(step)
     anchor = "start" if x < frame.width - 120 else "end"
-    y = 10 + 12 * (row % 2)
+    y = 10 + 14 * (row % 2)
     text = _text(x + (4 if anchor == "start" else -4), y, label, anchor=anchor, kind="mark-text")
     return _line("mark", x, y - 8, x, frame.floor) + text
 
@@ -447,9 +521,14 @@ def report_run(url: str, output: Path) -> int:
         title=f"Run {store.url}",
         tables=[
             Table(title="Newest checkpoint", rows=_facts(checkpoint, metrics)),
+            *alarm_table(metrics),
             Table(title="Settings", rows=settings),
         ],
-        curves=training_curves(metrics, num_prototypes=config["model"]["num_prototypes"]),
+        curves=training_curves(
+            metrics,
+            num_prototypes=config["model"]["num_prototypes"],
+            limits=config.get("health"),
+        ),
     )
     sys.stdout.write(f"{output}\n")
     return 0

@@ -19,6 +19,7 @@ from trainer.report import (
     MAX_POINTS,
     Curve,
     Table,
+    alarm_table,
     read_metrics,
     report_run,
     training_curves,
@@ -116,6 +117,47 @@ def test_the_loss_curve_marks_chance_queue_and_resume() -> None:
     assert sorted(loss.marks) == [(4, "resumed"), (6, "queue on")]
 
 
+def _health_line(step: int, *alarms: str, **figures: float) -> str:
+    row = json.loads(_line(step)) | {f"health/{name}": value for name, value in figures.items()}
+    return json.dumps(row | {"alarms": list(alarms)} if alarms else row)
+
+
+def test_figures_of_health_that_were_logged_have_curves_with_their_limits() -> None:
+    lines = [
+        _line(0),
+        _health_line(10, code_entropy=2.0, prototypes_used=0.75, grad_norm_max=100.0),
+        _health_line(20, code_entropy=1.0, prototypes_used=0.5, grad_norm_max=0.0),
+    ]
+    limits = {"min_prototypes_used": 0.6, "max_queue_drift": 0.3}
+    curves = training_curves(read_metrics(lines), num_prototypes=100, limits=limits)
+    entropy, used, grad = curves[3:]
+    assert entropy.title == "Entropy of a code, nats"
+    assert (list(entropy.values)[1:], entropy.levels) == ([2, 1], curves[0].levels)
+    assert math.isnan(entropy.values[0])
+    assert (list(used.values)[1:], used.levels) == ([0.75, 0.5], [(0.6, "alarm")])
+    assert (grad.values[1], grad.levels) == (2, [])
+    assert math.isnan(grad.values[2])
+
+
+def test_alarms_have_a_table_and_marks() -> None:
+    lines = [
+        _line(0),
+        _health_line(10, "queue_drift: stale: lower queue.length", "dead_prototypes: few"),
+        _health_line(1200, "queue_drift: again"),
+    ]
+    metrics = read_metrics(lines)
+    (table,) = alarm_table(metrics)
+    assert table.rows == [
+        ("10", "queue drift", "stale: lower queue.length"),
+        ("10", "dead prototypes", "few"),
+        ("1,200", "queue drift", "again"),
+    ]
+    loss, *_ = training_curves(metrics, num_prototypes=100)
+    marks = [(10, "queue drift"), (10, "dead prototypes"), (1200, "queue drift")]
+    assert list(loss.marks) == marks
+    assert alarm_table(read_metrics(lines[:1])) == []
+
+
 def test_points_lie_where_the_axes_say(tmp_path: Path) -> None:
     page = _page(
         tmp_path, curves=[Curve(title="c", steps=[0, 50, 100], values=[0, 1, 2], wide=True)]
@@ -163,6 +205,11 @@ def _save_run(path: Path, lines: list[str]) -> str:
     """A run with one checkpoint that holds nothing but metrics and a configuration."""
     store = open_store(str(path))
     body = "\n".join(lines).encode()
+    config = """
+        loader = { dataset = 's3://b/<d>' }
+        model = { num_prototypes = 60 }
+        health = { min_prototypes_used = 0.5 }
+    """
     stored = StoredObject("objects/1-a/metrics.jsonl", len(body), crc32c(body))
     assert store.put_if_absent(stored.key, body)
     checkpoint = Checkpoint(
@@ -173,17 +220,20 @@ def _save_run(path: Path, lines: list[str]) -> str:
         objects=(stored,),
         tensors={},
         queue=None,
-        state={"config": "[model]\nnum_prototypes = 60\n[loader]\ndataset = 's3://b/<d>'\n"},
+        state={"config": config},
     )
     commit(store, manifest_key(1), to_document(checkpoint), attempt="a")
     return stored.key
 
 
 def test_the_command_reports_a_stored_run(tmp_path: Path) -> None:
-    _save_run(tmp_path / "run", [_line(0, loss=4.5), _line(1, loss=3.25)])
+    alarmed = _health_line(1, "dead_prototypes: <few>", prototypes_used=0.1)
+    lines = [_line(0, loss=4.5), alarmed, _line(2, loss=3.25)]
+    _save_run(tmp_path / "run", lines)
     assert report_run(str(tmp_path / "run"), tmp_path / "report.html") == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    for shown in ("ln K = 4.09", "4.5000 at first, 3.2500 at last", "s3://b/&lt;d&gt;"):
+    first_to_last = "4.5000 at first, 3.2500 at last"
+    for shown in ("ln K = 4.09", first_to_last, "s3://b/&lt;d&gt;", "&lt;few&gt;", ">alarm</text>"):
         assert shown in page
 
 
