@@ -25,7 +25,7 @@ from pipeline.errors import CheckpointError, CropstreamError, ManifestError, run
 from pipeline.manifest import commit, new_attempt, prove_conditional_put
 from pipeline.store import Store, open_store
 from trainer.distributed import World
-from trainer.engine import Engine, Fragment
+from trainer.engine import Engine
 from trainer.fragments import (
     Checkpoint,
     Reader,
@@ -40,6 +40,7 @@ from trainer.fragments import (
     saved_steps,
     to_document,
 )
+from trainer.partitions import Fragment, parameter_shape
 from trainer.queue import FeatureQueue
 
 _log = logging.getLogger(__name__)
@@ -360,7 +361,7 @@ def _generator_targets(checkpoint: Checkpoint, world: World) -> Iterator[_Target
 
 
 def _check_model(checkpoint: Checkpoint, module: nn.Module) -> None:
-    ours = {f"weight/{name}": tuple(p.shape) for name, p in module.named_parameters()}
+    ours = {f"weight/{name}": parameter_shape(p) for name, p in module.named_parameters()}
     ours |= {f"buffer/{name}": tuple(b.shape) for name, b in module.named_buffers()}
     saved = {
         name: tensor.shape

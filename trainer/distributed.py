@@ -47,6 +47,18 @@ class World:
         """Whether this is rank 0: the one that logs, and that commits."""
         return self.rank == 0
 
+    def group_of(self, num_ranks: int) -> dist.ProcessGroup | None:
+        """The group of this rank when neighbours are put together in groups of `num_ranks`.
+
+        0 is all ranks. None for a group of one rank. Collective. `num_ranks` divides the world.
+        """
+        if num_ranks in (0, self.world_size):
+            return dist.group.WORLD
+        if num_ranks == 1:
+            return None
+        group, _ = dist.new_subgroups(num_ranks)
+        return group
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, in order of rank, on every rank. The values are pickled."""
         values: list[Any] = [None] * self.world_size

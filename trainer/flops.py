@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.models import ModelConfig, build_model
+from trainer.models import ModelConfig, meta_model
 
 if TYPE_CHECKING:  # config.py imports the loop, which imports this
     from pipeline.crops import CropGroup
@@ -69,7 +69,7 @@ def forward_flops(model: ModelConfig, crops: "tuple[CropGroup, ...]") -> int:
     """Operations of the forward pass for the crops of one image."""
     with torch.device("meta"), torch.no_grad():
         images = [torch.empty(each.count, 3, each.size_px, each.size_px) for each in crops]
-        module = build_model(model).eval()  # in training BatchNorm refuses a single row
+        module = meta_model(model).eval()  # in training BatchNorm refuses a single row
         with FlopCounterMode(display=False) as counter:
             module(images)
     return int(counter.get_total_flops())

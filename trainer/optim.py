@@ -16,8 +16,11 @@ that are cut anywhere. Norms taken of that tensor are silently wrong. `bind` the
 piece of a flat tensor belongs to which parameter: norms are summed piece by piece and over ranks,
 with one all_reduce a group.
 
-Differences from apex: gradients are left as they are; the squared norms of pieces are summed in
-float64; the host never waits for a norm.
+With a `loss_scale` (float16) gradients are divided by it; if a norm is not finite the group and
+those after it stay as they are. The sums over ranks make all of them agree on that, for nothing.
+
+Differences from apex: gradients are left as they are, unless there is a loss scale; the squared
+norms of pieces are summed in float64; the host never waits for a norm.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,11 +60,13 @@ class SegmentTable:
 
     `num_params` counts the parameters of the whole group, also those this rank holds nothing of;
     the ranks of `process_group` together hold every parameter once (None: this rank alone does).
+    `device` is the one the group's collectives work on, if that is not the flat tensor's own.
     """
 
     num_params: int
     segments: Sequence[Segment]
     process_group: dist.ProcessGroup | None = None
+    device: torch.device | None = None
 
     def __post_init__(self) -> None:
         segments = [Segment(*segment) for segment in self.segments]
@@ -84,6 +89,7 @@ class _Pieces:
     slots: list[int] = field(default_factory=list)
     num_slots: int = 0
     process_group: dist.ProcessGroup | None = None
+    reduce_device: torch.device | None = None
 
     def add_whole(self, param: Tensor, grad: Tensor, buffer: Tensor) -> None:
         self._add(self.num_slots, param, grad, buffer)
@@ -98,6 +104,7 @@ class _Pieces:
             self._add(self.num_slots + segment.param_index, *cut)
         self.num_slots += table.num_params
         self.process_group = table.process_group
+        self.reduce_device = table.device
 
     def _add(self, slot: int, param: Tensor, grad: Tensor, buffer: Tensor) -> None:
         self.slots.append(slot)
@@ -111,10 +118,18 @@ class LARC(Optimizer):
 
     A parameter group with `frozen=True` is left out wholly: no decay, no momentum, no state. So is
     a parameter without a gradient. Norms are per parameter; biases and BatchNorm are no exception,
-    as in SwAV.
+    as in SwAV, unless their group has `adapt=False`: that is plain SGD, without trust ratios.
 
     State per tensor: `momentum_buffer`, made at its first step.
+
+    Attributes:
+        loss_scale: what the loss was multiplied with, a scalar on the device; None: with nothing.
+        overflow: whether a norm was not finite since `begin`, a scalar on the device; only with a
+            loss scale.
     """
+
+    loss_scale: Tensor | None = None
+    overflow: Tensor | None = None
 
     def __init__(
         self,
@@ -137,8 +152,10 @@ class LARC(Optimizer):
             "eps": eps,
             "clip": clip,
             "frozen": False,
+            "adapt": True,
         }
         super().__init__(params, defaults)
+        self._shown: list[tuple[Tensor, Tensor]] = []  # gradient norms and trust ratios
         self._tables: dict[int, SegmentTable] = {}
         self._slot_indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
@@ -155,6 +172,24 @@ class LARC(Optimizer):
                     "a parameter group is bound wholly or not at all, and to one process group"
                 )
         self._tables = dict(segments)
+
+    def begin(self) -> None:
+        """A new step begins: forget what the last one showed. ZeRO steps group by group."""
+        self._shown = []
+        self.overflow = None
+
+    def ranges(self) -> dict[str, Tensor]:
+        """The smallest and largest gradient norm and trust ratio of the last step's parameters.
+
+        Scalars on the device, float64; nothing before the first step, and of frozen groups.
+        """
+        names = ("grad_norm", "trust_ratio")
+        columns = [torch.cat(values) for values in zip(*self._shown, strict=True)]
+        return {
+            f"{name}_{end}": getattr(column, end)()
+            for name, column in zip(names, columns, strict=False)
+            for end in ("min", "max")
+        }
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -176,17 +211,62 @@ class LARC(Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         pieces = self._cut(group["params"])
-        trust_ratios, decays = _trust_ratios(self._norms(pieces, group["params"][0].device), group)
-        if not pieces.params:  # this rank's partition is all padding; it only helped to sum
-            return
+        weight_norms, grad_norms = self._norms(pieces, group["params"][0].device)
+        if self.loss_scale is not None:
+            grad_norms = grad_norms / self.loss_scale.to(grad_norms)
+        trust_ratios, decays = _trust_ratios(weight_norms, grad_norms, group)
+        self._shown.append((grad_norms, trust_ratios))
+        momentum, lr = group["momentum"], group["lr"]
+        if self.loss_scale is not None:
+            trust_ratios, decays, momentum, lr = self._guarded(
+                pieces, grad_norms, trust_ratios, decays, momentum, lr
+            )
+        if pieces.params:  # else this rank's partition is all padding; it only helped to sum
+            self._update(pieces, trust_ratios, decays, momentum, lr)
+
+    def _update(
+        self,
+        pieces: _Pieces,
+        trust_ratios: Tensor,
+        decays: Tensor,
+        momentum: float | Tensor,
+        lr: float | Tensor,
+    ) -> None:
         slots = self._slot_index(pieces)
         dtype = pieces.params[0].dtype
-        torch._foreach_mul_(pieces.buffers, group["momentum"])
+        torch._foreach_mul_(pieces.buffers, momentum)
         grad_scales = trust_ratios[slots].to(dtype).unbind()
         torch._foreach_addcmul_(pieces.buffers, pieces.grads, grad_scales)
         decay_scales = decays[slots].to(dtype).unbind()
         torch._foreach_addcmul_(pieces.buffers, pieces.params, decay_scales)
-        torch._foreach_add_(pieces.params, pieces.buffers, alpha=-group["lr"])
+        if isinstance(lr, Tensor):
+            torch._foreach_addcmul_(pieces.params, pieces.buffers, [-lr] * len(pieces.params))
+        else:
+            torch._foreach_add_(pieces.params, pieces.buffers, alpha=-lr)
+
+    def _guarded(
+        self,
+        pieces: _Pieces,
+        grad_norms: Tensor,
+        trust_ratios: Tensor,
+        decays: Tensor,
+        momentum: float,
+        lr: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The factors of a step that unscales gradients, and does nothing after an overflow."""
+        assert self.loss_scale is not None
+        overflow = ~grad_norms.isfinite().all()
+        self.overflow = overflow if self.overflow is None else self.overflow | overflow
+        overflow = self.overflow
+        for grad in pieces.grads:  # nothing times infinity is not nothing
+            grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        nothing = torch.zeros_like(overflow, dtype=torch.float32)
+        return (
+            torch.where(overflow, 0.0, trust_ratios / self.loss_scale.to(trust_ratios)),
+            torch.where(overflow, 0.0, decays),
+            torch.where(overflow, 1.0, nothing + momentum),
+            torch.where(overflow, 0.0, nothing + lr),
+        )
 
     def _cut(self, tensors: list[Tensor]) -> _Pieces:
         pieces = _Pieces()
@@ -216,7 +296,9 @@ class LARC(Optimizer):
             squares[0].index_add_(0, slots, _squared_norms(pieces.params))
             squares[1].index_add_(0, slots, _squared_norms(pieces.grads))
         if pieces.process_group is not None:
-            dist.all_reduce(squares, group=pieces.process_group)
+            reduced = squares.to(pieces.reduce_device or device)  # offloaded masters are elsewhere
+            dist.all_reduce(reduced, group=pieces.process_group)
+            squares = reduced.to(device)
         return squares.sqrt_()
 
     def _slot_index(self, pieces: _Pieces) -> Tensor:
@@ -232,10 +314,13 @@ def _squared_norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).double().square_()
 
 
-def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _trust_ratios(
+    weight_norm: Tensor, grad_norm: Tensor, group: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     """What to multiply the gradient and the parameter with: two float64 [num_params]."""
-    weight_norm, grad_norm = norms
     decay = group["weight_decay"]
+    if not group["adapt"]:
+        return torch.ones_like(grad_norm), torch.full_like(grad_norm, decay)
     denominator = grad_norm + weight_norm * decay + group["eps"]
     trust_ratio = group["trust_coefficient"] * weight_norm / denominator
     if group["clip"]:
@@ -244,15 +329,30 @@ def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor]
     return torch.where(adapts, trust_ratio, 1.0), torch.where(adapts, trust_ratio * decay, 0.0)
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: everything else, then the prototypes, which are frozen and normalised alone.
+def parameter_groups(
+    model: nn.Module, *, exclude_bias_and_norm: bool = False
+) -> list[dict[str, Any]]:
+    """Groups for LARC; the last one is the prototypes, which are frozen and normalised alone.
 
     `model` has its prototypes in the attribute `prototypes`. Order within a group is the model's.
+    The reference adapts every parameter; with `exclude_bias_and_norm` those of one dimension,
+    biases and normalisations, are a group of plain SGD without decay, as most later work has it.
     """
     prototypes = list(model.get_submodule("prototypes").parameters())
     taken = {id(parameter) for parameter in prototypes}
     others = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    return [{"params": others, "frozen": False}, {"params": prototypes, "frozen": False}]
+    excluded = [p for p in others if exclude_bias_and_norm and _num_dims(p) <= 1]
+    held_back = {id(parameter) for parameter in excluded}
+    adapted = [parameter for parameter in others if id(parameter) not in held_back]
+    groups: list[dict[str, Any]] = [{"params": adapted, "frozen": False}]
+    if excluded:
+        groups.append({"params": excluded, "frozen": False, "adapt": False, "weight_decay": 0.0})
+    return [*groups, {"params": prototypes, "frozen": False}]
+
+
+def _num_dims(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 leaves an empty tensor in the module and notes the shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @torch.no_grad()

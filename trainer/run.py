@@ -5,40 +5,41 @@ agree on whether there is one: one of them may have been told to stop, may have 
 store is out of reach, or all of them together have met too many bad samples. So nobody begins a
 step that another does not join, and whatever ends a run, except a loss or a weight that is not
 finite, what it has trained by then is saved first.
+
+The host waits for the device only at logged and saved steps. There all losses since the last one
+are looked at, so a loss that is not finite is told with its own step and images.
 """
 
 import logging
 import math
-import resource
-import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Any, Never, Self
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.config import dump_config
 from pipeline.errors import CropstreamError, DataError, TrainingError
-from pipeline.loader import Batch, MultiCropLoader
+from pipeline.loader import Batch
 from pipeline.quarantine import Entry, in_order
-from pipeline.streaming import StreamingLoader
 from trainer.checkpoint import Checkpoints
+from trainer.clock import Clock, Loader
 from trainer.distributed import World, together
 from trainer.engine import Engine
 from trainer.fragments import Checkpoint
+from trainer.health import DriftProbe, Health, Observed
 from trainer.metrics import MetricsLog
+from trainer.models.batchnorm import average_statistics, paused_statistics
 from trainer.queue import FeatureQueue
+from trainer.watch import Watch
 
 if TYPE_CHECKING:
     from trainer.config import Config
-
-Loader = MultiCropLoader | StreamingLoader
-
-# Where a step's time went, of what the loader counts: told also when it is nothing.
-_WAITS = ("data_wait_s", "wait_fetch_s", "wait_decode_s", "wait_handover_s", "transfer_s")
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ _log = logging.getLogger(__name__)
 class Trained:
     """A step whose work was handed to the device; its loss may still be on its way.
 
-    samples: int64 [B], of this rank. figures: for the log, beside the loss.
+    samples: int64 [B], of this rank. figures: for the log, beside the loss. Some of these are kept
+    until their loss is read, so nothing here is large.
     """
 
     step: int
@@ -74,11 +76,17 @@ class Run:
     num_found: int = 0  # bad samples of all ranks, since we were started
     _num_compared: int = 0  # of these, when all quarantines were last looked at
     _saved_step: int = 0  # of the newest checkpoint; 0 before there is one
-    _trained: Trained | None = None  # the newest step
+    _newest: Trained | None = None
+    _observed: Observed | None = None  # of the newest step, if it is one to be logged
+    _loss: float = math.nan  # the newest that was read
+    _unread: list[Trained] = field(default_factory=list)  # steps whose loss nobody has read
     _position: dict[str, Any] = field(default_factory=dict)  # of the data, behind that step
 
     def __post_init__(self) -> None:
-        self._clock = _Clock(self.loader)
+        self._clock = Clock(self.config, self.world, self.loader)
+        self._health = Health()
+        self._watch = Watch(self.config.health, num_prototypes=self.config.model.num_prototypes)
+        self._drift = _drift_probe(self.config, self.queue)
 
     @property
     def total_steps(self) -> int:
@@ -122,15 +130,27 @@ class Run:
                 return
             yield batch
 
-    def note(self, trained: Trained) -> None:
-        """Take note of a step; log it and save the run if it is time to."""
-        self._trained = trained
+    def note(self, trained: Trained, images: Tensor, observed: Observed | None) -> None:
+        """Take note of a step; log it and save the run if it is time to.
+
+        images: one global crop of each of its samples, [B, 3, s, s]. observed: of a step that
+        `is_logged`.
+        """
+        self._newest, self._observed = trained, observed
+        self._unread.append(trained)
+        if self._drift is not None and trained.figures["queue_used"]:
+            self._drift.visit(trained.step, images, self._encode)
         self._position = self.loader.state_dict()
         self.num_steps = trained.step + 1
         self._keep(
-            logging=self.num_steps % self.config.train.log_every_steps == 0,
+            logging=self.is_logged(trained.step),
             saving=self.num_steps % self.config.checkpoint.every_steps == 0,
         )
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the log tells of a step: one in so many, and the last of the run."""
+        number = step + 1
+        return number % self.config.train.log_every_steps == 0 or number == self.total_steps
 
     def finish(self) -> None:
         """Log and save the newest step, unless that was done."""
@@ -140,19 +160,48 @@ class Run:
         )
 
     def _keep(self, *, logging: bool, saving: bool) -> None:
-        if self._trained is None or not (logging or saving):
+        if self._newest is None or not (logging or saving):
             return
-        loss = self._read_loss(self._trained)  # a checkpoint of what has diverged is none
+        self._read_losses()  # a checkpoint of what has diverged is none
         if logging:
-            self._report(self._trained, loss)
+            self._report(self._newest)
         if saving:
             self._save()
 
-    def _report(self, trained: Trained, loss: float) -> None:
-        record = {"step": trained.step, "epoch": trained.epoch, "loss": loss, **trained.figures}
-        record |= self._clock.lap(self.world, self.num_steps)
-        if self.log:
-            self.log.write(record)
+    def _report(self, trained: Trained) -> None:
+        record = {"step": trained.step, "epoch": trained.epoch, "loss": self._loss}
+        record |= trained.figures
+        record |= self._checked()
+        record |= self._clock.lap(self.num_steps)
+        if not self.log:
+            return
+        if alarms := self._watch.judge(record):
+            record["alarms"] = [str(alarm) for alarm in alarms]
+        self.log.write(record)
+
+    def _checked(self) -> dict[str, float]:
+        """The health of a step, the same on all ranks; the host waits once for all figures."""
+        if self._observed is None:  # the run was stopped between two logged steps
+            return {}
+        figures = self._health.measure(
+            self._observed, prototypes_KD=self.engine.prototypes(), group=dist.group.WORLD
+        )
+        if self._drift is not None:
+            figures |= self._drift.figures()
+        optimizer = self.engine.optimizer
+        figures |= {f"health/{name}": value for name, value in optimizer.ranges().items()}
+        if optimizer.loss_scale is not None:
+            figures["loss_scale"] = optimizer.loss_scale
+        device = self.world.device
+        values = torch.stack([value.double().to(device) for value in figures.values()]).tolist()
+        return dict(zip(figures, values, strict=True))
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Features of images as the model gives them now, without a trace in it. Collective."""
+        with paused_statistics(self.engine.module):
+            features, _ = self.engine.forward([images])
+        return features
 
     def _save(self) -> None:
         state = {
@@ -160,6 +209,8 @@ class Run:
             "quarantine": self._gather_quarantine(self._position),
             "config": dump_config(self.config),
         }
+        if self.config.model.batchnorm_ranks:  # else all ranks have the same statistics
+            average_statistics(self.engine.module)
         metrics = self.log.all_lines() if self.log else b""
         self.checkpoints.save(
             self.num_steps, self.engine, queue=self.queue, state=state, metrics=metrics
@@ -194,54 +245,60 @@ class Run:
         together(self.world, lambda: _raise(failure))
         raise AssertionError("together raises what any rank raises")
 
-    def _read_loss(self, trained: Trained) -> float:
-        """The mean loss over ranks; here the host waits for the device.
+    def _read_losses(self) -> None:
+        """Read the losses of the steps since the last reading: the host waits for the device.
 
-        Raises TrainingError on every rank when the loss of one is not finite, naming its samples.
+        Raises TrainingError on every rank when one is not finite on one, naming the first such step
+        and its samples.
         """
-        world, mine = self.world, trained.loss.item()
-        loss: float = world.mean([mine]).item()
-        if not math.isfinite(loss):
-            where = f"{mine} on rank {world.rank}, samples {trained.samples[:8].tolist()}…"
-            found = [each for each in world.gather(None if math.isfinite(mine) else where) if each]
-            url = self.config.checkpoint.run
-            raise TrainingError(
-                f"the loss is not finite at step {trained.step} of epoch {trained.epoch}: "
-                f"{found[0]} ({len(found)} rank(s) in all). Go on from an older checkpoint with a "
-                f"lower schedule.base_lr or engine.precision=fp32: `python -m trainer.checkpoint "
-                f"ls {url}` lists them, `python -m trainer.checkpoint rm {url} --step N` removes "
-                f"a newer one"
-            )
-        return loss
+        unread, self._unread = self._unread, []
+        if not unread:
+            return
+        losses = torch.stack([trained.loss for trained in unread]).tolist()
+        bad = [n for n, loss in enumerate(losses) if not math.isfinite(loss)]
+        self._loss = self.world.mean([losses[-1]]).item()
+        [num_bad] = self.world.sum(len(bad))
+        if num_bad:
+            first = _Bad.of(self.world, unread[bad[0]], losses[bad[0]]) if bad else None
+            self._fail_of_losses(first)
+
+    def _fail_of_losses(self, mine: "_Bad | None") -> Never:
+        found = sorted(each for each in self.world.gather(mine) if each is not None)
+        first, url = found[0], self.config.checkpoint.run
+        raise TrainingError(
+            f"the loss is not finite at step {first.step} of epoch {first.epoch}: {first.loss} on "
+            f"rank {first.rank}, samples {list(first.samples)}… ({len(found)} rank(s) in all). Go "
+            f"on from an older checkpoint with a lower schedule.base_lr or engine.precision=fp32: "
+            f"`python -m trainer.checkpoint ls {url}` lists them, `python -m trainer.checkpoint rm "
+            f"{url} --step N` removes a newer one"
+        )
 
 
-class _Clock:
-    """Rates between logged steps, and what this process has used."""
+@dataclass(frozen=True, order=True)
+class _Bad:
+    """A step on one rank whose loss is not finite."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-        self.start(0)
+    step: int
+    rank: int
+    epoch: int
+    loss: str
+    samples: tuple[int, ...]
 
-    def start(self, step: int) -> None:
-        """Begin to count; the next step is `step`."""
-        self.step, self._time = step, time.perf_counter()
+    @classmethod
+    def of(cls, world: World, trained: Trained, loss: float) -> Self:
+        samples = tuple(trained.samples[:8].tolist())
+        return cls(trained.step, world.rank, trained.epoch, str(loss), samples)
 
-    def lap(self, world: World, step: int) -> dict[str, Any]:
-        """Figures of the steps since the last lap, the next being `step` now."""
-        now = time.perf_counter()
-        steps = step - self.step
-        seconds = (now - self._time) / steps
-        sums = self._loader.telemetry.take()
-        self.step, self._time = step, now
-        return {
-            "images_per_s": self._loader.batch_size * world.world_size / seconds,
-            "step_s": seconds,
-            **{name: sums.pop(name, 0.0) / steps for name in _WAITS},
-            **{f"loader/{name}": amount / steps for name, amount in sorted(sums.items())},
-            "world_size": world.world_size,
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "time": time.time(),
-        }
+
+def _drift_probe(config: "Config", queue: FeatureQueue | None) -> DriftProbe | None:
+    """Looks after the queue, if there is one."""
+    if queue is None or not queue.length:
+        return None
+    return DriftProbe(
+        queue.length // config.loader.global_batch,
+        every_steps=config.train.log_every_steps,
+        group=dist.group.WORLD,
+    )
 
 
 def _next(batches: Iterator[Batch]) -> tuple[Batch | None, CropstreamError | None]:

@@ -62,6 +62,12 @@ def sinkhorn(
         return log_codes_BK.exp_().to(torch.promote_types(scores_BK.dtype, torch.float32))
 
 
+def harden(codes: Tensor) -> Tensor:
+    """Codes [..., K] with all of a sample's mass on its best prototype (SwAV, section 4.1)."""
+    best = codes.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(codes).scatter_(-1, best, 1.0)
+
+
 def _normalize_total(log_codes_BK: Tensor, group: dist.ProcessGroup | None) -> None:
     world_size = dist.get_world_size(group) if group is not None else 1
     total = _logsumexp_over_ranks(log_codes_BK.flatten().logsumexp(dim=0), group)

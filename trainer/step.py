@@ -9,11 +9,14 @@ main_swav.train):
     ℓ   = mean_{a, v≠a} −Σ_k q_ak log softmax_k(z_v · C / τ)                   (eq. 1, 2, 6)
     θ   ← LARC(θ, ∇ℓ)                       prototypes left alone while they are frozen
 
+With accumulation a batch goes through the model in parts. Codes are still those of the whole
+batch: a first pass without gradient gives the scores of the assigned crops of all parts. It leaves
+BatchNorm's running statistics alone; without BatchNorm the step is that of the undivided batch.
+
 Shapes: V crops an image, A of them assigned codes, B images on this rank, D features, K prototypes.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +24,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trainer.engine import Engine
+from trainer.health import Observed
 from trainer.loss import swav_loss
+from trainer.models.batchnorm import paused_statistics
 from trainer.queue import FeatureQueue
-from trainer.sinkhorn import sinkhorn
+from trainer.sinkhorn import harden, sinkhorn
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class StepResult:
     """What a step leaves behind: on the device, without gradient, not yet waited for."""
 
     loss: Tensor  # scalar, of this rank
+    observed: Observed | None = None  # if asked for
 
 
 def swav_step(
@@ -45,7 +51,9 @@ def swav_step(
     num_iterations: int,
     lr: float,
     freeze_prototypes: bool,
+    hard_codes: bool = False,
     group: dist.ProcessGroup | None = None,
+    observe: bool = False,
 ) -> StepResult:
     """Train on one batch. `crops` are the engine's forward's, [V_g*B, 3, s, s] each, crop-major.
 
@@ -53,37 +61,122 @@ def swav_step(
     receives. `group` are the ranks whose samples Sinkhorn balances together; None is this process
     alone. Never waits for the device.
     """
+    batch = _Batch(crops, num_crops, crops_for_assign, engine.accumulation_steps)
     engine.normalize_prototypes()
-    features_ND, scores_NK = engine.forward(crops)
+    passed = engine.forward(crops) if batch.num_parts == 1 else None
+    features_ABD, scores_ABK = _assigned(batch, *passed) if passed else _first_pass(engine, batch)
 
-    features_ABD = _assigned(features_ND, num_crops, crops_for_assign)
-    scores_ABK = _assigned(scores_NK, num_crops, crops_for_assign)
-    if queue is not None and queue.is_full:
-        prototypes_KD = engine.module.get_parameter("prototypes.weight").detach()
-        # Old features, today's prototypes; the batch comes last.
-        scores_ABK = torch.cat([queue.features @ prototypes_KD.T, scores_ABK], dim=1)
+    codes_ABK = torch.empty_like(scores_ABK)
+    queued_AMK = _score_queue(engine, queue)
+    for crop, scores_BK in enumerate(scores_ABK):
+        if queued_AMK is not None:  # old features, today's prototypes; the batch comes last
+            scores_BK = torch.cat([queued_AMK[crop], scores_BK])
+        codes = sinkhorn(scores_BK, epsilon=epsilon, num_iterations=num_iterations, group=group)
+        codes_ABK[crop] = codes[-batch.size :]
     if queue is not None:
         queue.push(features_ABD)
+    if hard_codes:
+        codes_ABK = harden(codes_ABK)
 
-    batch_size = features_ABD.shape[1]
-    balance = functools.partial(
-        sinkhorn, epsilon=epsilon, num_iterations=num_iterations, group=group
-    )
-    codes_ABK = torch.stack([balance(scores_BK)[-batch_size:] for scores_BK in scores_ABK])
-    loss = swav_loss(
-        scores_NK,
-        codes_ABK,
-        num_crops=num_crops,
-        crops_for_assign=crops_for_assign,
-        temperature=temperature,
-    )
-    engine.backward(loss)
+    losses, seen = [], []
+    for number, part in enumerate(batch.parts()):
+        features_ND, scores_NK = passed or engine.forward(part)
+        loss = swav_loss(
+            scores_NK,
+            batch.rows_of_part(codes_ABK, number),
+            num_crops=num_crops,
+            crops_for_assign=crops_for_assign,
+            temperature=temperature,
+        )
+        engine.backward(loss)
+        losses.append(loss.detach())
+        if observe:
+            seen.append((features_ND.detach(), scores_NK.detach()))
     engine.step(lr=lr, freeze_prototypes=freeze_prototypes)
-    return StepResult(loss.detach())
+    mean_loss = torch.stack(losses).mean()
+    return StepResult(mean_loss, _observed(batch, seen, codes_ABK, mean_loss) if observe else None)
 
 
-def _assigned(rows: Tensor, num_crops: int, crops_for_assign: Sequence[int]) -> Tensor:
+class _Batch:
+    """A rank's crops, and how they are cut into parts of equally many images."""
+
+    def __init__(
+        self, crops: Sequence[Tensor], num_crops: int, assigned: Sequence[int], num_parts: int
+    ) -> None:
+        self.crops = crops
+        self.num_crops = num_crops
+        self.assigned = tuple(assigned)
+        self.num_parts = num_parts
+        self.size = sum(len(images) for images in crops) // num_crops
+        if self.size % num_parts:
+            raise ValueError(f"{self.size} images cannot be cut into {num_parts} equal parts")
+
+    def parts(self) -> Iterator[Sequence[Tensor]]:
+        """Every part's crops, as the engine takes them."""
+        if self.num_parts == 1:
+            yield self.crops
+            return
+        for number in range(self.num_parts):
+            yield [self._part(images, number) for images in self.crops]
+
+    def assigned_parts(self) -> Iterator[list[Tensor]]:
+        """Of every part only the crops that are assigned codes, one tensor each."""
+        for part in self.parts():
+            size = self.size // self.num_parts
+            each = [crop for images in part for crop in torch.split(images, size)]
+            yield [each[crop] for crop in self.assigned]
+
+    def rows_of_part(self, rows_ABX: Tensor, number: int) -> Tensor:
+        """[A, B, X] -> [A, B / num_parts, X]."""
+        return rows_ABX.chunk(self.num_parts, dim=1)[number]
+
+    def _part(self, images: Tensor, number: int) -> Tensor:
+        crops_VBX = images.view(-1, self.size, *images.shape[1:])
+        part = crops_VBX.chunk(self.num_parts, dim=1)[number].flatten(0, 1)
+        layout = torch.channels_last if _is_channels_last(images) else torch.contiguous_format
+        return part.contiguous(memory_format=layout)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    return images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _assigned(batch: _Batch, features_ND: Tensor, scores_NK: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of the crops that get codes, without gradient: [V*B, X] -> [A, B, X]."""
-    rows_VBX = rows.detach().view(num_crops, -1, rows.shape[1])
-    # Not indexed by a list: that would travel to the device and make the host wait.
-    return torch.stack([rows_VBX[crop] for crop in crops_for_assign])
+    found = []
+    for rows in (features_ND, scores_NK):
+        rows_VBX = rows.detach().view(batch.num_crops, -1, rows.shape[1])
+        # Not indexed by a list: that would travel to the device and make the host wait.
+        found.append(torch.stack([rows_VBX[crop] for crop in batch.assigned]))
+    return found[0], found[1]
+
+
+@torch.no_grad()
+def _first_pass(engine: Engine, batch: _Batch) -> tuple[Tensor, Tensor]:
+    """Features [A, B, D] and scores [A, B, K] of the assigned crops of all parts."""
+    with paused_statistics(engine.module):
+        parts = [engine.forward(crops) for crops in batch.assigned_parts()]
+    return _join(parts, len(batch.assigned))
+
+
+def _score_queue(engine: Engine, queue: FeatureQueue | None) -> Tensor | None:
+    """Scores [A, M, K] of the queue's features, if it takes part."""
+    if queue is None or not queue.is_full:
+        return None
+    return queue.features @ engine.prototypes().T
+
+
+def _observed(
+    batch: _Batch, seen: Sequence[tuple[Tensor, Tensor]], codes_ABK: Tensor, loss: Tensor
+) -> Observed:
+    features_VBD, scores_VBK = _join(seen, batch.num_crops)
+    return Observed(features_VBD, scores_VBK, codes_ABK, batch.assigned, loss)
+
+
+def _join(parts: Sequence[tuple[Tensor, Tensor]], num_crops: int) -> tuple[Tensor, Tensor]:
+    """Features and scores of parts, [V*b, X] each, as those of the batch, [V, B, X]."""
+    features, scores = (
+        torch.cat([rows_NX.view(num_crops, -1, rows_NX.shape[1]) for rows_NX in each], dim=1)
+        for each in zip(*parts, strict=True)
+    )
+    return features, scores

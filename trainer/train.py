@@ -24,16 +24,18 @@ from pipeline.loader import MultiCropLoader
 from pipeline.streaming import StreamingLoader
 from pipeline.tars import names_tars
 from trainer.checkpoint import Checkpoints
+from trainer.clock import Loader
 from trainer.distributed import World, together
-from trainer.engine import DeepSpeedEngine, Engine
+from trainer.engine import DeepSpeedEngine, Engine, divide
 from trainer.fragments import Checkpoint
 from trainer.metrics import MetricsLog
 from trainer.models import build_model
 from trainer.optim import LARC, parameter_groups
 from trainer.queue import FeatureQueue
-from trainer.run import Loader, Run, Trained
+from trainer.run import Run, Trained
 from trainer.schedule import warmup_cosine
 from trainer.step import swav_step
+from trainer.trace import Trace
 
 if TYPE_CHECKING:  # config.py collects the sections, ours among them
     from trainer.config import Config
@@ -62,16 +64,25 @@ def train(config: "Config", world: World) -> int:
     stop = _catch_sigterm()
     run = _prepare(config, world, stop)
     queue_start = _queue_start(config, run.loader.steps_per_epoch)
+    freeze_steps = config.schedule.freeze_prototypes_steps
+    channels_last = config.engine.channels_last
     _announce(run)
 
-    with run.loader, together(world, lambda: _open_log(run)) as run.log, _telling_what_is_kept(run):
+    with (
+        run.loader,
+        together(world, lambda: _open_log(run)) as run.log,
+        _telling_what_is_kept(run),
+        _trace(config.train, world) as trace,
+    ):
         for step, batch in enumerate(run.batches(stop.is_set), start=run.num_steps):
+            trace.step(step)
+            crops = batch.crops if channels_last else [each.contiguous() for each in batch.crops]
             queue = run.queue if step >= queue_start else None
             queue_used = queue is not None and queue.is_full
             lr = _learning_rate(config, step, run.loader.steps_per_epoch)
             result = swav_step(
                 run.engine,
-                batch.crops,
+                crops,
                 queue=queue,
                 num_crops=config.crops.num_crops,
                 crops_for_assign=config.loss.crops_for_assign,
@@ -79,11 +90,15 @@ def train(config: "Config", world: World) -> int:
                 epsilon=config.sinkhorn.epsilon,
                 num_iterations=config.sinkhorn.num_iterations,
                 lr=lr,
-                freeze_prototypes=step < config.schedule.freeze_prototypes_steps,
+                freeze_prototypes=freeze_steps < 0 or step < freeze_steps,
+                hard_codes=config.sinkhorn.hard_codes,
                 group=dist.group.WORLD,
+                observe=run.is_logged(step),
             )
             figures = {"lr": lr, "queue_used": queue_used}
-            run.note(Trained(step, batch.epoch, batch.samples, result.loss, figures))
+            images = crops[0][: run.loader.batch_size]
+            trained = Trained(step, batch.epoch, batch.samples, result.loss, figures)
+            run.note(trained, images, result.observed)
         run.finish()
     _conclude(run)
     return 0 if run.num_steps >= run.total_steps else STOPPED
@@ -95,12 +110,17 @@ def _prepare(config: "Config", world: World, stop: "_Flag") -> Run:
     checkpoint = checkpoints.latest()
     loader = together(world, lambda: _build_loader(config, world, checkpoint, stop))
     queue = together(world, lambda: _build_queue(config, world, loader))
+    together(world, lambda: _check_sizes(config, world, loader))
     checkpoints.prove_writable()
     engine = _build_engine(config, world)
     run = Run(config, world, checkpoints, loader, engine, queue)
     if checkpoint is not None:
         run.resume(checkpoint)
     return run
+
+
+def _trace(config: TrainConfig, world: World) -> Trace:
+    return Trace(config.log_dir, config.profile_step, config.profile_num_steps, world)
 
 
 def _open_log(run: Run) -> AbstractContextManager[MetricsLog | None]:
@@ -163,12 +183,32 @@ def num_core_sharers(world: World) -> int:
     return world.gather(mine).count(mine)
 
 
+def _check_sizes(config: "Config", world: World, loader: Loader) -> None:
+    """Raises UsageError for parts and groups that do not divide what they are parts of."""
+    parts, ranks = config.engine.accumulation_steps, config.model.batchnorm_ranks
+    if loader.batch_size % parts:
+        raise UsageError(
+            f"engine.accumulation_steps={parts} does not divide the {loader.batch_size} images a "
+            f"rank has of loader.global_batch={config.loader.global_batch}"
+        )
+    if ranks and world.world_size % ranks:
+        raise UsageError(
+            f"model.batchnorm_ranks={ranks} does not divide the {world.world_size} ranks; 0 is all "
+            f"of them"
+        )
+
+
 def _build_engine(config: "Config", world: World) -> Engine:
     torch.manual_seed(config.train.seed)  # every rank draws the same initial weights
-    model = build_model(config.model, dist.group.WORLD).to(world.device)
+    model = build_model(
+        config.model,
+        world.group_of(config.model.batchnorm_ranks),
+        device=world.device,
+        each=divide if config.engine.zero_stage == 3 else None,
+    )
     optim = config.optim
     optimizer = LARC(
-        parameter_groups(model),
+        parameter_groups(model, exclude_bias_and_norm=optim.exclude_bias_and_norm),
         lr=config.schedule.base_lr,
         momentum=optim.momentum,
         weight_decay=optim.weight_decay,

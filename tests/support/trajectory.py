@@ -184,6 +184,7 @@ def run(case: Case, engine: Engine, *, steps: int | None = None) -> Trajectory:
         result.queue_used.append(queue is not None and queue.is_full)
         result.losses.append(one_step(case, engine, queue, step))
     result.state = {key: value.clone() for key, value in engine.module.state_dict().items()}
+    result.state |= masters(engine)
     result.queue = queue.features if queue is not None else None
     return result
 
@@ -207,6 +208,20 @@ def one_step(case: Case, engine: Engine, queue: FeatureQueue | None, step: int) 
         dist.all_reduce(loss)
         loss /= case.world_size
     return loss.item()
+
+
+def masters(engine: Engine, kind: str = "weight") -> dict[str, Tensor]:
+    """The optimiser's weights, or momenta, of all ranks put together, by parameter."""
+    parts = [(f.name, f.shape, f.start, getattr(f, kind)) for f in engine.fragments()]
+    everybody: list[Any] = [parts]
+    if not engine.replicated:
+        everybody *= dist.get_world_size()
+        dist.all_gather_object(everybody, parts)
+    whole: dict[str, Tensor] = {}
+    for name, shape, start, flat in (part for each in everybody for part in each):
+        tensor = whole.setdefault(name, torch.full(shape, torch.nan, dtype=flat.dtype))
+        tensor.view(-1)[start : start + len(flat)] = flat
+    return whole
 
 
 def plain_engine(case: Case) -> PlainEngine:

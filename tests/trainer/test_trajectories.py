@@ -19,6 +19,7 @@ from tests.support.trajectory import (
 )
 from trainer.engine import EngineConfig
 
+STAGES = (0, 1, 2, 3)
 ALONE = ("traj_ws1_plain", "traj_ws1_resnet")
 FILES = {1: ALONE, 2: (*ALONE, "traj_ws2_plain")}  # by world size; ALONE's batches are then split
 
@@ -36,7 +37,7 @@ def run_all(world_size: int) -> dict[str, Trajectory]:
         for step in exact.meta["snapshots"]:
             results[f"{name} snapshot{step}"] = run_one(exact, step)
         case = Case(name, torch.float32, rank, world_size)
-        for stage in (0, 1):
+        for stage in STAGES:
             engine = deepspeed_engine(case, EngineConfig(zero_stage=stage))
             results[f"{name} zero{stage}"] = run(case, engine)
     return results
@@ -87,7 +88,7 @@ def test_float64_equals_the_reference(results, name, world_size, rank):
     assert weight_errors(found, case.state("final64")) < tolerance
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
+@pytest.mark.parametrize("engine", [f"zero{stage}" for stage in STAGES])
 @pytest.mark.parametrize(("name", "world_size", "rank"), PLAIN)
 def test_float32_under_deepspeed_equals_the_reference(results, name, world_size, rank, engine):
     case = Case(name, torch.float32, rank, world_size)
@@ -99,7 +100,7 @@ def test_float32_under_deepspeed_equals_the_reference(results, name, world_size,
         torch.testing.assert_close(found.queue, golden_queue, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
+@pytest.mark.parametrize("engine", [f"zero{stage}" for stage in STAGES])
 @pytest.mark.parametrize(("name", "world_size", "rank"), RESNET)
 def test_float32_batchnorm_under_deepspeed_starts_like_the_reference(
     results, name, world_size, rank, engine

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 from annotated_types import Ge, Gt
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.models.backbone import Backbone
 from trainer.models.batchnorm import SyncBatchNorm, convert_sync_batchnorm
 from trainer.models.heads import SwAVModel, projection_head
+from trainer.models.materialize import materialize
 from trainer.models.regnet import SHAPES, RegNet
-from trainer.models.resnet import ResNet, resnet18, resnet50
+from trainer.models.resnet import ResNet, resnet18, resnet50, resnet101
 from trainer.models.small import SmallNet
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "from_reference_keys",
     "load_reference_checkpoint",
+    "meta_model",
     "projection_head",
     "to_reference_keys",
 ]
@@ -38,6 +40,7 @@ __all__ = [
 BACKBONES: Mapping[str, Callable[[], Backbone]] = {
     "resnet18": resnet18,
     "resnet50": resnet50,
+    "resnet101": resnet101,
     "resnet50w2": partial(resnet50, widen=2),
     "resnet50w4": partial(resnet50, widen=4),
     "resnet50w5": partial(resnet50, widen=5),
@@ -63,6 +66,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check_name(self.backbone)
+        if self.activation_checkpoints:  # each kind of trunk knows its own stages
+            build_backbone(self.backbone, device="meta").recompute(self.activation_checkpoints)
 
 
 def build_backbone(name: str, *, device: torch.device | str | None = None) -> Backbone:
@@ -75,18 +80,39 @@ def build_backbone(name: str, *, device: torch.device | str | None = None) -> Ba
         return BACKBONES[name]()
 
 
-def build_model(config: ModelConfig, group: dist.ProcessGroup | None = None) -> SwAVModel:
-    """The model of a configuration; BatchNorm is synchronised over `group` if there is one."""
-    model = SwAVModel(
-        build_backbone(config.backbone),
-        config.hidden_dim,
-        config.feat_dim,
-        config.num_prototypes,
-        num_hidden_layers=config.num_hidden_layers,
-        head_batchnorm=config.head_batchnorm,
-    )
-    if config.batchnorm_ranks != 1 and group is not None:
-        convert_sync_batchnorm(model, group)
+def meta_model(config: ModelConfig, group: dist.ProcessGroup | None = None) -> SwAVModel:
+    """The model of a configuration on the meta device: shapes without memory.
+
+    Ranks of `group` share BatchNorm's statistics, if there is one.
+    """
+    with torch.device("meta"):
+        model = SwAVModel(
+            build_backbone(config.backbone),
+            config.hidden_dim,
+            config.feat_dim,
+            config.num_prototypes,
+            num_hidden_layers=config.num_hidden_layers,
+            head_batchnorm=config.head_batchnorm,
+        )
+        if group is not None:
+            convert_sync_batchnorm(model, group)
+    model.backbone.recompute(config.activation_checkpoints)
+    return model
+
+
+def build_model(
+    config: ModelConfig,
+    group: dist.ProcessGroup | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    each: Callable[[nn.Module], None] | None = None,
+) -> SwAVModel:
+    """The model of a configuration with the weights it begins with, drawn from torch's generator.
+
+    `group` as in `meta_model`; `each` is called with every layer as soon as it has its weights.
+    """
+    model = meta_model(config, group)
+    materialize(model, device, each=each)
     return model
 
 

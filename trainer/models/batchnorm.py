@@ -12,6 +12,8 @@ gradient of the input is two elementwise operations, so one implementation serve
 Statistics are at least float32 whatever autocast makes of the activations.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -150,6 +152,43 @@ def _local_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.float()  # the CPU's kernel would return half-precision statistics
     mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
     return mean, var
+
+
+@contextmanager
+def paused_statistics(module: nn.Module) -> Iterator[None]:
+    """Within, BatchNorm of `module` still normalises by its batch but keeps no account of it.
+
+    For what looks at images a second time: else running statistics would be moved twice by them
+    (pytorch issue 96136: activation checkpointing does so).
+    """
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm, tracks in zip(norms, tracking, strict=True):
+            norm.track_running_stats = tracks
+
+
+@torch.no_grad()
+def average_statistics(module: nn.Module, group: dist.ProcessGroup | None = None) -> None:
+    """Give all ranks the mean of their running statistics, in place. Collective.
+
+    Ranks that normalise in groups of their own have different ones; training never reads them, but
+    a checkpoint holds one set.
+    """
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+    buffers = [b for n in norms for b in (n.running_mean, n.running_var) if b is not None]
+    if not buffers:
+        return
+    flat = torch.cat([buffer.double() for buffer in buffers])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    means = torch.split(flat, [len(buffer) for buffer in buffers])
+    for buffer, mean in zip(buffers, means, strict=True):
+        buffer.copy_(mean)
 
 
 def convert_sync_batchnorm(module: nn.Module, group: dist.ProcessGroup) -> nn.Module:

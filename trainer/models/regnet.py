@@ -8,6 +8,7 @@ meta device. The blocks and the parameter names are torchvision's.
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -47,11 +48,21 @@ class RegNet(Backbone):
         self.stem = SimpleStemIN(3, STEM_WIDTH, nn.BatchNorm2d, nn.ReLU)
         self.trunk_output = _stages(shape)
         self.feature_dim = shape.widths[-1]
-        _initialize(self)
+        self.initialize()
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.trunk_output(self.stem(images))
+    def stem_features(self, images: Tensor) -> Tensor:
+        """See Backbone."""
+        features: Tensor = self.stem(images)
         return features
+
+    def stages(self) -> Sequence[nn.Sequential]:
+        """See Backbone."""
+        return [stage for stage in self.trunk_output if isinstance(stage, nn.Sequential)]
+
+    def initialize_convolution(self, convolution: nn.Conv2d) -> None:
+        """As ClassyVision, with which SEER was trained: fan-out without regard to groups."""
+        fan_out = math.prod(convolution.kernel_size) * convolution.out_channels
+        nn.init.normal_(convolution.weight, mean=0.0, std=math.sqrt(2.0 / fan_out))
 
 
 def _stages(shape: RegNetShape) -> nn.Sequential:
@@ -73,11 +84,3 @@ def _stages(shape: RegNetShape) -> nn.Sequential:
         )
         width_in = width
     return nn.Sequential(stages)
-
-
-def _initialize(trunk: nn.Module) -> None:
-    """As ClassyVision, with which SEER was trained: fan-out is counted without regard to groups."""
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_out = math.prod(module.kernel_size) * module.out_channels
-            nn.init.normal_(module.weight, mean=0.0, std=math.sqrt(2.0 / fan_out))

@@ -30,12 +30,16 @@ class ResNet(Backbone):
         self.layer3 = _stage(block, layers[2], 2 * width, 4 * stem_width, stride=2)
         self.layer4 = _stage(block, layers[3], 4 * width, 8 * stem_width, stride=2)
         self.feature_dim = 8 * width
-        _initialize(self)
+        self.initialize()
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
-        features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+    def stem_features(self, images: Tensor) -> Tensor:
+        """See Backbone."""
+        features: Tensor = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         return features
+
+    def stages(self) -> Sequence[nn.Sequential]:
+        """See Backbone."""
+        return self.layer1, self.layer2, self.layer3, self.layer4
 
 
 def _stage(block: _Block, depth: int, width_in: int, width: int, *, stride: int) -> nn.Sequential:
@@ -50,15 +54,12 @@ def _stage(block: _Block, depth: int, width_in: int, width: int, *, stride: int)
     return nn.Sequential(first, *(block(width_out, width) for _ in range(1, depth)))
 
 
-def _initialize(trunk: nn.Module) -> None:
-    """He's initialisation by fan-out; BatchNorm starts at one and zero by itself."""
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-
 def resnet18() -> ResNet:
     return ResNet(BasicBlock, (2, 2, 2, 2))
+
+
+def resnet101() -> ResNet:
+    return ResNet(Bottleneck, (3, 4, 23, 3))
 
 
 def resnet50(widen: int = 1) -> ResNet:

@@ -6,6 +6,8 @@ basic blocks, a mean over the last map. Wider and shallower than theirs, with a 
 0.59 in that convolution. configs/fashion_mnist.toml trains it.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
@@ -27,11 +29,15 @@ class SmallNet(Backbone):
             BasicBlock(128, 128),
             *_convolution(128, self.feature_dim, stride=2),
         )
-        _initialize(self)
+        self.initialize()
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        features: Tensor = self.layers(images)
-        return features
+    def stem_features(self, images: Tensor) -> Tensor:
+        """See Backbone. The first stage begins with the pixels."""
+        return images
+
+    def stages(self) -> Sequence[nn.Sequential]:
+        """See Backbone. One, whose blocks are single layers too."""
+        return (self.layers,)
 
 
 def _convolution(width_in: int, width: int, *, stride: int) -> tuple[nn.Module, ...]:
@@ -40,10 +46,3 @@ def _convolution(width_in: int, width: int, *, stride: int) -> tuple[nn.Module, 
         nn.BatchNorm2d(width),
         nn.ReLU(inplace=True),
     )
-
-
-def _initialize(trunk: nn.Module) -> None:
-    """He's initialisation by fan-out; BatchNorm starts at one and zero by itself."""
-    for module in trunk.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
