@@ -201,9 +201,10 @@ class Store:
         For a reader that resumes, waits and repeats by itself (pipeline.ranges). A part has at
         least `part_bytes` bytes, but for the last; a stream that breaks loses what it had of the
         next. It may end early without an error: who asks counts. A directory answers with one
-        part. Raises
-        ThrottledError, ObjectChangedError if the object is shorter or has not the `tag`, and the
-        other kinds of StoreError.
+        part.
+
+        Raises ThrottledError, ObjectChangedError if the object is shorter or has not the `tag`, and
+        the other kinds of StoreError.
         """
         if self._open_streams is None:
             path = f"/{self._path(key)}"

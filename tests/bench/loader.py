@@ -77,6 +77,7 @@ def _small(folder: Path) -> Iterator[Row]:
     yield Row("loader.multicrop_vs_pil", pillow / ours, "x", ">= 8", note)
     yield Row("loader.multicrop_vs_decode", ours / timings["decode"], "x", "<= 2.8", note)
     yield Row("loader.multicrop_cpu_vs_pil", pillow / everything, "x", ">= 6", note)
+    yield Row("loader.colour_vs_crops", everything / ours - 1, "x", "<= 1", "what colour adds")
     for name, (environment, package) in PEERS.items():
         if environment in missing:
             yield Row(name, None, "x", "> 1", missing[environment])

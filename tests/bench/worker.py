@@ -1,15 +1,16 @@
 """What the loader's worker processes cost, and what they spare the training loop.
 
-Memory beside the byte budget, over an epoch; the time to start; images a second with two threads
-or processes against one; and the hand-over with a training loop running beside: the loader in
-processes against the very same in threads of the loop's process (`loader.workers=0`). The loop is
-SwAV's real step through all layers of a ResNet-50 so narrow, on crops so small, that Python and the
-dispatcher are what it costs, as they are where a GPU does the arithmetic: there a loader that holds
-the interpreter lock shows.
+Memory beside the byte budget, over an epoch; the time to start, and to go on without a worker that
+was killed or stands still; images a second with two threads or processes against one; and the
+hand-over with a training loop running beside: the loader in processes against the very same in
+threads of the loop's process (`loader.workers=0`). The loop is SwAV's real step through all layers
+of a ResNet-50 so narrow, on crops so small, that Python and the dispatcher are what it costs, as
+they are where a GPU does the arithmetic: there a loader that holds the interpreter lock shows.
 """
 
 import functools
 import os
+import signal
 import statistics
 import tempfile
 import threading
@@ -54,6 +55,7 @@ def rows() -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(folder, list(photographs(IMAGES, TRAIN)), per_shard=256)
         yield from memory(folder)
+        yield from recovery(folder)
         yield from hand_over(folder)
         yield from scaling(folder)
 
@@ -75,6 +77,25 @@ def memory(folder: str) -> Iterator[Row]:
     growth = (peaks[2] - peaks[1]) / 1e6
     yield Row("loader.rss_growth", growth, "MB", target="<= 20", note="from epoch 2 to epoch 3")
     yield Row("loader.startup", startup_s, "s", note="to the first batch of 64, numba cached")
+
+
+def recovery(folder: str) -> Iterator[Row]:
+    """Seconds from a worker's misfortune until its successor has made more than was ready."""
+    misfortunes = {
+        "killed": (signal.SIGKILL, "by SIGKILL, as when memory is short"),
+        "stopped": (signal.SIGSTOP, "which is noticed after loader.decode_timeout_s=20"),
+    }
+    for name, (number, note) in misfortunes.items():
+        with loader_of(folder, workers=1) as loader:
+            batches = loader.cut_batches()
+            _take(batches, SETTLING_BATCHES)
+            (pid,) = _workers()
+            os.kill(pid, number)
+            start = time.perf_counter()
+            _take(batches, SETTLING_BATCHES)
+            seconds = time.perf_counter() - start
+            assert loader.telemetry.total("worker_restarts") == 1
+        yield Row(f"loader.{name}_worker", seconds, "s", "<= 30", note)
 
 
 def hand_over(folder: str) -> Iterator[Row]:
@@ -156,13 +177,17 @@ def quietest_turns(loaders: Mapping[str, Iterator[CutBatch]]) -> dict[str, list[
 
 def take_turn(batches: Iterator[CutBatch]) -> Turn:
     """Take batches for a while, after those that were made while it was nobody's turn."""
-    for _ in islice(batches, SETTLING_BATCHES):
-        pass
+    _take(batches, SETTLING_BATCHES)
     start, own, all_s, num_images = time.perf_counter(), cpu_seconds(), machine_cpu_s(), 0
     while (wall_s := time.perf_counter() - start) < TURN_S:
         num_images += len(next(batches).samples)
     own, all_s = cpu_seconds() - own, machine_cpu_s() - all_s
     return Turn(num_images / wall_s, own / wall_s, max(0.0, all_s - own) / wall_s)
+
+
+def _take(batches: Iterator[CutBatch], count: int) -> None:
+    for _ in islice(batches, count):
+        pass
 
 
 def machine_cpu_s() -> float:

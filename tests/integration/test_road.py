@@ -97,6 +97,10 @@ def test_kill_and_resume_is_the_uninterrupted_run(dataset: str, tmp_path: Path) 
     for step, loss in expected.items():
         assert abs(seen[step] - loss) < 1e-6, f"step {step}"
     assert any(record["queue_used"] for record in records)
+    for record in records:
+        waits = [record[f"wait_{part}_s"] for part in ("fetch", "decode", "handover")]
+        assert sum(waits) == pytest.approx(record["data_wait_s"])
+    assert sum(record.get("loader/fetch_bytes", 0) for record in records) > 0
 
     for command in ("ls", "verify"):
         result = run_module("trainer.checkpoint", command, "s3://cropstream/road/runs/cut")

@@ -26,6 +26,7 @@ from pipeline.ring import Pulse
 from pipeline.shards import parse_parquet
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
+from tests.support.fault_proxy import FaultProxy
 
 CROPS = CropsConfig(global_size_px=32, local_crops=2, local_size_px=16)
 COUNT = 96
@@ -119,6 +120,27 @@ def test_resume_is_the_uninterrupted_run(folder, stop):
     head = take(first, stop)
     tail = take(loader_of(folder, state=first.state_dict(), lanes=0, chunk=0, window=0), 24 - stop)
     assert_same(head + tail, whole)
+
+
+@pytest.mark.parametrize("position", [(0, 0), (0, 77), (3, 119), (10**9, 60)])
+def test_resuming_anywhere_reads_no_more_than_beginning(s3, s3_url, monkeypatch, position):
+    """At most window + 1 chunks a lane, and as much again as the first batches make room for."""
+    sizes = {"chunk": 4, "window": 1}
+    write_dataset(s3_url, pictures(960), per_shard=64)
+    state = loader_of(s3_url, **sizes).state_dict()
+    state |= dict(zip(("epoch", "step"), position, strict=True))
+    with FaultProxy(s3.url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        loader = loader_of(s3_url, state=state, **sizes)
+        (batch,) = take(loader, 1)
+        requests = [each.request for each in proxy.exchanges]
+    (order,) = loader.mixture.orders
+    np.testing.assert_array_equal(batch.samples, order.batch(*position))
+    (snapshot,) = loader.snapshots
+    tars = [each for each in requests if each.target.endswith(".tar")]
+    asked = sum((each.end_byte or 0) - each.first_byte for each in tars)
+    assert 0 < asked < snapshot.tar_bytes.sum() / 8
+    assert len(requests) < 960 / 8
 
 
 def test_every_byte_is_read_once_an_epoch(folder):

@@ -4,32 +4,39 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from pipeline.processes import cpu_seconds, process_tree, resident_bytes
+from pipeline.processes import cpu_seconds, process_tree
+from tests.support.launch import ROOT
 
 BURN = "import time\nwhile time.process_time() < {}: pass\nprint(flush=True)\ninput()"
+HOLD = "held = bytearray(b'x') * (64 << 20)\nprint(flush=True)\ninput()"
 
 
-def start(program: str) -> subprocess.Popen[str]:
-    """A Python process that has printed a line and waits for another."""
-    child = subprocess.Popen(
+@contextmanager
+def started(program: str) -> Iterator[int]:
+    """The number of a Python process that has printed a line; behind the block it is let end."""
+    with subprocess.Popen(
         [sys.executable, "-S", "-c", program],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    assert child.stdout is not None
-    child.stdout.readline()
-    return child
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        try:
+            yield child.pid
+        finally:
+            child.communicate("\n")
 
 
 def test_children_count_while_they_run_and_when_they_have_ended():
     before = cpu_seconds()
-    child = start(BURN.format(0.3))
-    assert child.pid in process_tree(os.getpid())
-    running = cpu_seconds() - before
-    assert 0.25 <= running < 5
-    child.communicate("\n")
+    with started(BURN.format(0.3)) as pid:
+        assert pid in process_tree(os.getpid())
+        running = cpu_seconds() - before
+        assert 0.25 <= running < 5
     assert cpu_seconds() - before >= running
 
 
@@ -40,9 +47,21 @@ def test_own_time_counts():
     assert cpu_seconds() - before >= 0.08
 
 
+_MEMORY = """
+from pipeline.processes import resident_bytes
+from tests.pipeline.test_processes import HOLD, started
+before = resident_bytes()
+with started(HOLD):
+    print(resident_bytes() - before)
+print(resident_bytes() - before)
+"""
+
+
 def test_memory_of_children_counts():
-    before = resident_bytes()
-    child = start("held = bytearray(b'x') * (64 << 20)\nprint(flush=True)\ninput()")
-    assert resident_bytes() - before > 60 << 20
-    child.communicate("\n")
-    assert resident_bytes() - before < 30 << 20
+    """Of a small process: one that has all libraries shares them with others that come and go."""
+    measured = subprocess.run(
+        [sys.executable, "-c", _MEMORY], capture_output=True, check=True, cwd=ROOT, text=True
+    )
+    during, behind = map(int, measured.stdout.split())
+    assert during > 60 << 20
+    assert behind < 30 << 20

@@ -154,7 +154,9 @@ def _tiny_crops(dtype: torch.dtype) -> list[Tensor]:
 
 def _close(seen: Tensor, key: str, atol: float) -> None:
     expected = golden.tensor("resnet_tiny", key)
-    torch.testing.assert_close(seen.detach(), expected, rtol=0, atol=atol)
+    # Convolutions add up in another order on every kind of CPU: some units in float32's last place.
+    rtol = 1e-6 if expected.dtype == torch.float32 else 0
+    torch.testing.assert_close(seen.detach(), expected, rtol=rtol, atol=atol)
 
 
 PRECISIONS = [(torch.float32, "f32", 1e-5, 5e-4), (torch.float64, "f64", 1e-12, 1e-11)]
