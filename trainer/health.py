@@ -51,6 +51,9 @@ MAX_COMPARED = 2048
 MAX_PROBED = 32
 """Images of a rank that are kept to see how their features drift."""
 
+PROBE_EVERY = 5
+"""Ages of the queue between the beginnings of two probes: each costs the trunk two passes."""
+
 _MAX_COSINES = 1 << 24  # held at once: 64 MB
 
 
@@ -209,11 +212,11 @@ class DriftProbe:
     def __init__(
         self, age_steps: int, *, every_steps: int, group: dist.ProcessGroup | None = None
     ) -> None:
-        """age_steps: queue length / global batch, > 0. every_steps: at most one probe so often."""
+        """`age_steps` is queue length / global batch. At most one probe every `every_steps`."""
         if min(age_steps, every_steps) < 1:
             raise ValueError("a drift takes at least one step, and so does the wait for the next")
         self._age_steps = age_steps
-        self._every_steps = every_steps
+        self._every_steps = max(every_steps, PROBE_EVERY * age_steps)
         self._group = group
         self._begun: int | None = None  # step of the newest probe's begin
         self._kept: tuple[Tensor, Tensor] | None = None  # images and features, during a probe

@@ -158,20 +158,32 @@ def test_a_probe_waits_for_the_age_of_the_queue():
         turned = images.flatten(1) + angle
         return torch.cat([turned.cos(), turned.sin()], dim=1)
 
-    probe = DriftProbe(3, every_steps=5)
+    probe = DriftProbe(3, every_steps=1)
     encoded: list[int] = []
     found = []
     images = torch.tensor([0.0, 0.5, 2.0]).view(3, 1, 1, 1)
-    for step in range(7, 16):
+    for step in range(7, 26):
         angle = 0.1 * step
         probe.visit(step, images, encode)
         images = images.roll(1, dims=0)  # every batch has other images
         found.append(probe.figures().get("health/queue_drift"))
-    assert encoded == [7, 10, 12, 15]
+    assert encoded == [7, 10, 22, 25]  # a probe in five ages of the queue
     assert found[:3] == [None] * 3
     mean = sum(math.cos(a - b + 0.3) for a in (0, 0.5, 2) for b in (0, 0.5, 2) if a != b) / 6
     expected = (1 - math.cos(0.3)) / (1 - mean)
-    assert [value.item() for value in found[3:]] == pytest.approx([expected] * 6, rel=1e-4)
+    assert [value.item() for value in found[3:]] == pytest.approx([expected] * 16, rel=1e-4)
+
+
+def test_a_probe_is_not_made_more_often_than_figures_are_logged():
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        encoded.append(step)
+        return images
+
+    encoded: list[int] = []
+    probe = DriftProbe(1, every_steps=10)
+    for step in range(12):
+        probe.visit(step, torch.eye(4), encode)
+    assert encoded == [0, 1, 10, 11]
 
 
 def test_a_probe_keeps_its_images_though_the_batch_is_written_over():

@@ -58,7 +58,7 @@ class _Run:
         self._engine = PlainEngine(self._model, self._optimizer)
         length = training.queue_length
         self._queue = FeatureQueue(length, 16, 2, batch_size=BATCH_SIZE, world_size=1)
-        self._probe = DriftProbe(max(1, length // BATCH_SIZE), every_steps=2)
+        self._probe = DriftProbe(max(1, length // BATCH_SIZE), every_steps=1)
         self._health = Health()
         config = HealthConfig(patience_steps=training.patience_steps)
         self._watch = Watch(config, num_prototypes=NUM_PROTOTYPES)
