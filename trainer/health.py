@@ -70,7 +70,7 @@ class HealthConfig:
     max_code_entropy: Annotated[float, Gt(0), Le(1)] = 0.9  # share of ln K
     min_feature_std: Annotated[float, Ge(0), Le(1)] = 0.1  # 1: spread over the sphere
     min_prototypes_used: Annotated[float, Ge(0), Le(1)] = 0.5  # share of K
-    max_duplicate_prototypes: Annotated[float, Ge(0), Le(1)] = 0.5  # share of K
+    max_duplicate_prototypes: Annotated[float, Ge(0), Le(1)] = 0.3  # share of K
     max_queue_drift: Annotated[float, Ge(0), Le(1)] = 0.3  # 1: a stored feature says nothing
     max_grad_growth: Annotated[float, Gt(1)] = 100.0  # times what gradient norms were before
     min_trust_ratio: Annotated[float, Ge(0)] = 1e-9  # smallest of all parameters; LARC's own unit
@@ -128,7 +128,7 @@ class Health:
             prototypes_KD: the rows need not have length one.
             group: ranks whose samples are measured together; None is this process alone.
 
-        Scalars in float32 on the device, the same on all ranks. The rank must call it at the same
+        Scalars in float32 on the device, the same on all ranks, which call it at the same
         steps. Two all_reduce, of K + 1 and 2 D + 4 numbers; the host never waits.
         """
         self._num_measured += 1
