@@ -29,6 +29,7 @@ from pipeline.store import Store, open_store
 from pipeline.telemetry import Telemetry
 
 _THREADS = 4
+CENTRAL_SHARE = 224 / 256
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SequentialLoader:
     in turn. Samples that cannot be used are left out and counted in `telemetry` as `bad_samples`.
 
     Args:
+        visible: side of what is cut out, as a share of the image's shorter side; 1 for the whole.
         quarantine: what a run has found; of this, what killed or hung its decoder counts as bad.
     """
 
@@ -58,6 +60,7 @@ class SequentialLoader:
         *,
         size_px: int,
         batch_size: int,
+        visible: float = CENTRAL_SHARE,
         fetch: FetchConfig = FetchConfig(),  # noqa: B008 - frozen
         quarantine: Iterable[Mapping[str, Any]] = (),
         rank: int = 0,
@@ -67,6 +70,7 @@ class SequentialLoader:
         self.augmentation = augmentation
         self.size_px = size_px
         self.batch_size = batch_size
+        self.visible = visible
         self.fetch = fetch
         self.rank = rank
         self.world_size = world_size
@@ -119,7 +123,7 @@ class SequentialLoader:
         out = np.empty((1, self.size_px, self.size_px, 3), dtype=np.uint8)
         try:
             header = guard_header(sample.data, **limits)
-            box = central_box(header.width_px, header.height_px)
+            box = central_box(header.width_px, header.height_px, self.visible)
             decode_crops(sample.data, header, box, [out], reduced=False)
         except SampleError:
             return None
@@ -129,8 +133,8 @@ class SequentialLoader:
         return (resolve_url(self.store, sample.shard), sample.key) in self._deadly
 
 
-def central_box(width_px: int, height_px: int) -> NDArray[np.int32]:
-    """What is seen of an image whose shorter side is size_px * 256 / 224: as of `crop_boxes`."""
-    side = min(height_px, width_px) * 224 / 256
+def central_box(width_px: int, height_px: int, visible: float = CENTRAL_SHARE) -> NDArray[np.int32]:
+    """The central square of `visible` of the shorter side, as of `crop_boxes`."""
+    side = min(height_px, width_px) * visible
     top, left = round((height_px - side) / 2), round((width_px - side) / 2)
     return np.array([[top, left, round(side) or 1, round(side) or 1]], dtype=np.int32)

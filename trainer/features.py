@@ -13,7 +13,7 @@ from pipeline.sequential import SequentialLoader
 
 @dataclass(frozen=True)
 class Features:
-    """features: float32 [N, D], L2-normalised, on the CPU; samples and labels of the N rows."""
+    """features: float32 [N, D], of their own length, on the CPU; samples and labels of the rows."""
 
     features: Tensor
     samples: list[int]
@@ -36,8 +36,7 @@ def extract_features(
         total=loader.snapshot.num_kept, unit="image", desc=name, disable=None, file=sys.stderr
     ) as bar:
         for batch in loader:
-            features = backbone(batch.images.to(device)).float()
-            rows.append(nn.functional.normalize(features, dim=1).cpu())
+            rows.append(backbone(batch.images.to(device)).float().cpu())
             samples += batch.samples.tolist()
             labels += batch.labels
             bar.update(len(batch.labels))

@@ -1,6 +1,6 @@
 """A run's trunk, trained or as it was before training, and what evaluations ask of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,13 +8,27 @@ from torch import Tensor, nn
 
 from pipeline.config import parse_config
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.sequential import SequentialLoader
+from pipeline.sequential import CENTRAL_SHARE, SequentialLoader
 from pipeline.store import open_store
 from trainer.config import Config
 from trainer.evaluate.knn import knn_accuracy
+from trainer.evaluate.linear import Probe, linear_accuracy
 from trainer.features import Features, extract_features
 from trainer.fragments import Checkpoint, Reader, read_checkpoint, saved_steps
 from trainer.models import build_model
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """features: float32 [N, D], as the trunk gives them; labels: int64 [N]."""
+
+    features: Tensor
+    labels: Tensor
+
+    @property
+    def directions(self) -> Tensor:
+        """The features with length 1, as cosines want them."""
+        return nn.functional.normalize(self.features, dim=1)
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,7 @@ class Evaluation:
     size_px: int
     batch_size: int
     device: torch.device
+    whole: bool = False  # images are seen whole; otherwise an eighth of a side is cut away
 
     @classmethod
     def of_run(
@@ -37,6 +52,7 @@ class Evaluation:
         size_px: int | None,
         batch_size: int,
         use_cache: bool = True,
+        whole: bool = False,
     ) -> "Evaluation":
         """Read a run's checkpoint, the newest or that of `step`, with the run's configuration.
 
@@ -57,7 +73,7 @@ class Evaluation:
             config = replace(config, fetch=replace(config.fetch, cache_dir=""))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         size_px = size_px or config.crops.global_size_px
-        return cls(run, checkpoint, config, size_px, batch_size, device)
+        return cls(run, checkpoint, config, size_px, batch_size, device, whole)
 
     def trunk(self, *, trained: bool) -> nn.Module:
         """The trunk with the checkpoint's weights, or with the weights the run began from."""
@@ -78,6 +94,7 @@ class Evaluation:
             self.config.augment,
             size_px=self.size_px,
             batch_size=self.batch_size,
+            visible=1.0 if self.whole else CENTRAL_SHARE,
             fetch=self.config.fetch,
             quarantine=self.checkpoint.state["quarantine"],
         )
@@ -98,19 +115,12 @@ class Evaluation:
 
         Raises UsageError for images without labels, and if every k exceeds the bank.
         """
-        queries = self.features(dataset, trained=trained)
-        voters = self.features(bank, trained=trained) if bank else queries
-        names = sorted(set(_labelled(queries, dataset)) | set(_labelled(voters, bank or dataset)))
-        numbers = {name: number for number, name in enumerate(names)}
-
-        def encode(features: Features) -> Tensor:
-            return torch.tensor([numbers[str(label)] for label in features.labels])
-
+        queries, voters = self.labelled(dataset, bank, trained=trained)
         accuracy = knn_accuracy(
-            queries.features,
-            encode(queries),
-            voters.features,
-            encode(voters),
+            queries.directions,
+            queries.labels,
+            voters.directions,
+            voters.labels,
             neighbours=neighbours,
             temperature=temperature,
             leave_one_out=bank is None,
@@ -122,8 +132,34 @@ class Evaluation:
             )
         return accuracy
 
+    def linear(self, dataset: str, bank: str, *, trained: bool) -> Probe:
+        """Top-1 accuracy of a linear probe that was fitted to the bank.
 
-def _labelled(features: Features, dataset: str) -> list[str]:
+        Raises UsageError for images without labels.
+        """
+        queries, fitted = self.labelled(dataset, bank, trained=trained)
+        return linear_accuracy(queries.features, queries.labels, fitted.features, fitted.labels)
+
+    def labelled(
+        self, dataset: str, bank: str | None, *, trained: bool
+    ) -> tuple[Labelled, Labelled]:
+        """Features and labels of the data set and of the bank; without one that is the data set.
+
+        Labels are numbered in the order of their names. Raises UsageError for images without one.
+        """
+        queries = self.features(dataset, trained=trained)
+        others = self.features(bank, trained=trained) if bank else queries
+        names = sorted(set(_labels(queries, dataset)) | set(_labels(others, bank or dataset)))
+        numbers = {name: number for number, name in enumerate(names)}
+        return _numbered(queries, numbers), _numbered(others, numbers)
+
+
+def _numbered(features: Features, numbers: Mapping[str, int]) -> Labelled:
+    labels = torch.tensor([numbers[str(label)] for label in features.labels])
+    return Labelled(features.features, labels)
+
+
+def _labels(features: Features, dataset: str) -> list[str]:
     labels = [label for label in features.labels if label]
     if missing := len(features.labels) - len(labels):
         raise UsageError(
