@@ -138,7 +138,7 @@ class Run:
         """
         self._newest, self._observed = trained, observed
         self._unread.append(trained)
-        if self._drift is not None and trained.figures["queue_used"]:
+        if self._drift is not None:  # before the queue is used, too: it tells when that would do
             self._drift.visit(trained.step, images, self._encode)
         self._position = self.loader.state_dict()
         self.num_steps = trained.step + 1

@@ -29,8 +29,9 @@ from trainer.queue import FeatureQueue
 
 NAME = "traj_ws1_resnet"  # has buffers
 SAVED, END = 9, 11  # the queue starts at 5 and is full at 8; prototypes move from 7 on
-ENGINES = ("plain", "zero0", "zero1")
-PAIRS = [("plain", "plain"), *((one, two) for one in ENGINES[1:] for two in ENGINES[1:])]
+ENGINES = ("plain", "zero0", "zero1", "zero2", "zero3")
+STAGES = [(one, two) for one in ENGINES[1:] for two in ENGINES[1:]]
+PAIRS = [("plain", "plain"), *STAGES]
 
 
 class Alone(World):
@@ -465,16 +466,14 @@ def test_resuming_is_exact(runs, engine):
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("pair", [("zero0", "zero1"), ("zero1", "zero0")])
+@pytest.mark.parametrize("pair", STAGES)
 def test_resuming_under_another_stage(runs, pair):
     for rank in runs[0]:
         assert rank[pair][0] == pytest.approx(rank[pair[0]][0], abs=1e-5)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "pair", [("plain", "plain"), ("zero0", "zero0"), ("zero0", "zero1"), ("zero1", "zero1")]
-)
+@pytest.mark.parametrize("pair", PAIRS)
 def test_resuming_with_fewer_ranks(runs, pair):
     ranks, alone = runs
     tolerance = 1e-11 if "plain" in pair else 1e-5

@@ -17,7 +17,7 @@ from tests.support.trajectory import (
     run,
     this_world,
 )
-from trainer.engine import Engine, EngineConfig
+from trainer.engine import PRECISIONS, Engine, EngineConfig
 
 CASE = "traj_ws2_plain"
 STAGES = (0, 1, 2, 3)
@@ -36,7 +36,9 @@ def observe() -> dict[str, Any]:
         found["normalize", stage] = observe_normalize(case, stage)
         found["freeze", stage] = observe_freeze(case, stage)
         found["publish", stage] = observe_publish(case, stage)
-        found["bf16", stage] = observe_bf16(case, stage)
+        found["bf16", stage] = observe_half(case, stage, "bf16")
+        found["fp16", stage] = observe_half(case, stage, "fp16")
+        found["overflow", stage] = observe_overflow(case, stage)
     found["averaging"] = observe_averaging(case)
     return found
 
@@ -80,8 +82,8 @@ def observe_publish(case: Case, stage: int) -> list[str]:
     ]
 
 
-def observe_bf16(case: Case, stage: int) -> dict[str, Any]:
-    engine = deepspeed_engine(case, EngineConfig(zero_stage=stage, precision="bf16"))
+def observe_half(case: Case, stage: int, precision: str) -> dict[str, Any]:
+    engine = deepspeed_engine(case, EngineConfig(zero_stage=stage, precision=precision))
     pooled: list[torch.dtype] = []
     hook = engine.module.projection_head.register_forward_hook(
         lambda module, inputs, output: pooled.append(output.dtype)
@@ -95,6 +97,32 @@ def observe_bf16(case: Case, stage: int) -> dict[str, Any]:
         "masters": {fragment.weight.dtype for fragment in engine.fragments()},
         "losses": found.losses,
         "error": (scores - exact).abs().max().item(),
+    }
+
+
+def observe_overflow(case: Case, stage: int) -> dict[str, Any]:
+    """A loss scale so large that gradients overflow, then one that is not."""
+    engine = deepspeed_engine(case, EngineConfig(zero_stage=stage, precision="fp16"))
+    run_steps(engine, case, range(1))
+    scale = engine.optimizer.loss_scale
+    assert scale is not None
+    before = masters(engine), masters(engine, "momentum")
+    scale.fill_(2.0**40)
+    run_steps(engine, case, range(7, 8))
+    after = masters(engine), masters(engine, "momentum")
+    scale_after = scale.item()
+    scale.fill_(2.0**10)
+    run_steps(engine, case, range(7, 8))
+    return {
+        "unchanged": [
+            name
+            for one, other in zip(before, after, strict=True)
+            for name in one
+            if torch.equal(one[name], other[name])
+        ],
+        "scale": scale_after,
+        "moved": differs(after[0], masters(engine)),
+        "finite": all(value.isfinite().all() for value in masters(engine).values()),
     }
 
 
@@ -153,39 +181,41 @@ def test_what_is_written_into_fragments_is_published(ranks, stage):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bf16_computes_over_float32_masters(ranks, stage):
+def test_half_precision_computes_over_float32_masters(ranks, stage, precision):
     for rank in ranks:
-        found = rank["bf16", stage]
-        assert found["dtypes"] == (torch.bfloat16, torch.float32, torch.float32)
+        found = rank[precision, stage]
+        assert found["dtypes"] == (PRECISIONS[precision], torch.float32, torch.float32)
         assert found["masters"] == {torch.float32}
         assert torch.isfinite(torch.tensor(found["losses"])).all()
         assert 0 < found["error"] < 0.02
 
 
 @pytest.mark.dist
-def test_bf16_is_the_same_under_all_stages(ranks):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_the_same_under_all_stages(ranks, precision):
     for rank in ranks:
-        zero0, *others = (torch.tensor(rank["bf16", stage]["losses"]) for stage in STAGES)
+        zero0, *others = (torch.tensor(rank[precision, stage]["losses"]) for stage in STAGES)
         for other in others:
             torch.testing.assert_close(zero0, other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_leaves_everything_as_it_is_and_halves_the_scale(ranks, stage):
+    for rank in ranks:
+        found = rank["overflow", stage]
+        assert len(found["unchanged"]) == 2 * 12
+        assert found["scale"] == 2.0**39
+        assert len(found["moved"]) == 12
+        assert found["finite"]
 
 
 @pytest.mark.dist
 def test_plain_engine_averages_gradients(ranks):
     for name, gradient in ranks[0]["averaging"].items():
         assert torch.equal(gradient, ranks[1]["averaging"][name])
-
-
-@pytest.mark.parametrize("wrong", [{"zero_stage": 2}, {"precision": "fp16"}])
-def test_config_refuses(wrong):
-    from pipeline.config import load_config
-    from pipeline.errors import ConfigError
-    from trainer.config import Config
-
-    overrides = [f"engine.{name}={value}" for name, value in wrong.items()]
-    with pytest.raises(ConfigError, match="engine"):
-        load_config(Config, None, ["loader.dataset=x", "checkpoint.run=y", *overrides])
 
 
 def run_python(program: str) -> subprocess.CompletedProcess[str]:

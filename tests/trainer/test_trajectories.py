@@ -21,7 +21,8 @@ from trainer.engine import EngineConfig
 
 STAGES = (0, 1, 2, 3)
 ALONE = ("traj_ws1_plain", "traj_ws1_resnet")
-FILES = {1: ALONE, 2: (*ALONE, "traj_ws2_plain")}  # by world size; ALONE's batches are then split
+# By world size; ALONE's batches are split over more ranks than one.
+FILES = {1: ALONE, 2: (*ALONE, "traj_ws2_plain"), 4: ALONE}
 
 # Followed by BatchNorm: its true gradient is zero, and LARC scales rounding errors up.
 NOISE = ("projection_head.0.bias", "projection_head.1.running_mean")

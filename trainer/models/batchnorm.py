@@ -66,12 +66,12 @@ class SyncBatchNorm(_BatchNorm):
     def _track(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
-        assert self.num_batches_tracked is not None
         assert self.momentum is not None
         unbiased = var * (count / (count - 1)).to(var.dtype)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        self.num_batches_tracked.add_(1)
+        if self.num_batches_tracked is not None:  # it is paused otherwise
+            self.num_batches_tracked.add_(1)
 
 
 class _Normalize(torch.autograd.Function):
@@ -159,17 +159,18 @@ def paused_statistics(module: nn.Module) -> Iterator[None]:
     """Within, BatchNorm of `module` still normalises by its batch but keeps no account of it.
 
     For what looks at images a second time: else running statistics would be moved twice by them
-    (pytorch issue 96136: activation checkpointing does so).
+    (pytorch issue 96136: activation checkpointing does so). They are moved by nothing rather than
+    left out, since checkpointing compares what both passes keep for the backward pass.
     """
     norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
-    tracking = [norm.track_running_stats for norm in norms]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm, tracks in zip(norms, tracking, strict=True):
-            norm.track_running_stats = tracks
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 @torch.no_grad()
