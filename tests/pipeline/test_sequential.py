@@ -1,6 +1,9 @@
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.augment import AugmentConfig
 from pipeline.fetch import FetchConfig
@@ -53,6 +56,23 @@ def test_the_pixel_cap_is_the_configurations(tmp_path: Path):
     loader = SequentialLoader(config, AugmentConfig(), size_px=24, batch_size=4)
     assert list(loader) == []
     assert loader.telemetry.total("bad_samples") == 6
+
+
+@pytest.mark.parametrize(("visible", "cut"), [(1.0, slice(0, 32)), (224 / 256, slice(2, 30))])
+def test_an_image_of_the_size_asked_for_is_seen_as_it_is(
+    tmp_path: Path, visible: float, cut: slice
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    body = io.BytesIO()
+    Image.fromarray(pixels).save(body, "PNG")
+    write_dataset(str(tmp_path), [body.getvalue()])
+    plain = AugmentConfig(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    size_px = cut.stop - cut.start
+    config = LoaderConfig(dataset=str(tmp_path))
+    loader = SequentialLoader(config, plain, size_px=size_px, batch_size=1, visible=visible)
+    (batch,) = loader
+    seen = (batch.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    assert np.array_equal(seen, pixels[cut, cut])
 
 
 def test_reading_follows_the_section_fetch(tmp_path: Path):

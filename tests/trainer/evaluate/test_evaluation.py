@@ -1,16 +1,21 @@
 """An evaluation of a small data set in which one image is broken."""
 
+import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.errors import UsageError
 from pipeline.fetch import FetchConfig
 from pipeline.loader import LoaderConfig
 from pipeline.store import open_store
 from tests.support.dataset import pictures, write_dataset
+from tests.support.launch import run_module
 from trainer.checkpoint import CheckpointConfig
 from trainer.config import Config
 from trainer.evaluate.evaluation import Evaluation
@@ -58,3 +63,43 @@ def test_the_runs_way_of_reading_and_its_quarantine_are_used(tmp_path: Path) -> 
     found = evaluation(dataset, fetch=fetch, quarantine=[deadly]).features(dataset, trained=False)
     assert found.samples == [number for number in range(12) if number != 7]
     assert list(cache.glob("??/*"))
+
+
+def shades(count: int, *, seed: int) -> tuple[list[bytes], list[str]]:
+    """Noisy pictures, dark ones and bright ones in turn, and what each is."""
+    rng = np.random.default_rng(seed)
+    names = ["dark", "bright"] * (count // 2)
+    encoded = []
+    for name in names:
+        low = 20 if name == "dark" else 180
+        body = io.BytesIO()
+        Image.fromarray(rng.integers(low, low + 50, (32, 32, 3), dtype=np.uint8)).save(body, "PNG")
+        encoded.append(body.getvalue())
+    return encoded, names
+
+
+def test_a_linear_probe_of_a_run_by_its_command(tmp_path: Path) -> None:
+    bank, test = str(tmp_path / "bank"), str(tmp_path / "test")
+    for number, (dataset, count) in enumerate([(bank, 40), (test, 20)]):
+        images, labels = shades(count, seed=number)
+        write_dataset(dataset, images, labels=labels)
+    run = str(tmp_path / "run")
+    trained = run_module(
+        *("trainer", f"loader.dataset={bank}", f"checkpoint.run={run}", "train.epochs=1"),
+        *(f"train.log_dir={tmp_path / 'logs'}", "loader.global_batch=8", "model.backbone=small"),
+        *("crops.global_size_px=16", "crops.local_crops=0", "model.num_prototypes=6"),
+        *("schedule.warmup_epochs=0", "schedule.base_lr=0.1"),
+    )
+    assert trained.returncode == 0, trained.stderr
+    options = ["--run", run, "--dataset", test, "--random-trunk", "--whole"]
+    missing = run_module("trainer.evaluate", "linear", *options)
+    assert missing.returncode == 2
+    assert "the following arguments are required: --bank" in missing.stderr
+
+    found = run_module("trainer.evaluate", "linear", *options, "--bank", bank, "--json")
+    assert found.returncode == 0, found.stderr
+    answer = json.loads(found.stdout)
+    assert answer["step"] == 5
+    assert answer["trained"]["accuracy"] == answer["random"]["accuracy"] == 1.0
+    told = run_module("trainer.evaluate", "linear", *options, "--bank", bank)
+    assert told.stdout.startswith("linear probe, top-1 accuracy after 5 steps\n trained    100.0%")
