@@ -272,8 +272,7 @@ def divide(module: nn.Module) -> None:
     Called with one small module after the other while a model is built, it keeps any rank from ever
     holding the model whole. Rank 0's values count.
     """
-    import deepspeed
-
+    deepspeed = _deepspeed()
     with _quiet(deepspeed.utils.logger):
         deepspeed.zero.Init(module=module, mem_efficient_linear=False, dtype=torch.float32)
 
@@ -310,15 +309,20 @@ def _compute_in(module: nn.Module, config: EngineConfig, device: torch.device) -
 
 
 def _initialize(module: nn.Module, optimizer: LARC, config: EngineConfig) -> Any:
-    import deepspeed
-
-    # Shared-memory collectives for CPUs would be compiled now, for a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = _deepspeed()
     with _quiet(deepspeed.utils.logger):
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_deepspeed_config(config)
         )
     return engine
+
+
+def _deepspeed() -> Any:
+    import deepspeed
+
+    # Shared-memory collectives for CPUs would be compiled at first use, for a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def _deepspeed_config(config: EngineConfig) -> dict[str, Any]:

@@ -268,8 +268,8 @@ def count_all_reduces() -> float:
     return calls[0] / (10 + 10 - frozen_steps)
 
 
-def engine_of(model: ModelConfig, config: EngineConfig) -> DeepSpeedEngine:
-    net = build_model(model)
+def engine_of(model: ModelConfig, config: EngineConfig, *, device: str = "cpu") -> DeepSpeedEngine:
+    net = build_model(model, device=device)
     optimizer = LARC(parameter_groups(net), lr=0.1, momentum=0.9, weight_decay=1e-6)
     return DeepSpeedEngine(net, optimizer, config)
 
@@ -282,8 +282,8 @@ def crops_of(batch: int) -> list[Tensor]:
     ]
 
 
-def full_queue(batch: int) -> FeatureQueue:
-    queue = FeatureQueue(QUEUE, FEAT_DIM, 2, batch_size=batch, world_size=1)
+def full_queue(batch: int, *, device: str = "cpu", feat_dim: int = FEAT_DIM) -> FeatureQueue:
+    queue = FeatureQueue(QUEUE, feat_dim, 2, batch_size=batch, world_size=1, device=device)
     features = nn.functional.normalize(torch.randn(queue.features.shape), dim=2)
     queue.load_state_dict({"features": features, "num_pushes": QUEUE})
     return queue
