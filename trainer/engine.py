@@ -42,7 +42,7 @@ from trainer.partitions import (
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_BUCKET_ELEMENTS = 50_000_000  # of gradients that are summed at once: 200 MB
+BUCKET_ELEMENTS = 50_000_000  # of gradients that are summed at once: 200 MB
 _ONE_SUBGROUP = 10**12  # elements: stage 3 then steps a parameter group as a whole
 
 
@@ -343,8 +343,8 @@ def _zero_config(config: EngineConfig) -> dict[str, Any]:
         "stage": config.zero_stage,
         "round_robin_gradients": False,
         "overlap_comm": config.overlap_communication,
-        "reduce_bucket_size": _BUCKET_ELEMENTS,
-        "allgather_bucket_size": _BUCKET_ELEMENTS,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
         "sub_group_size": _ONE_SUBGROUP,
         "memory_efficient_linear": False,  # it replaces torch's function for the whole process
     }
