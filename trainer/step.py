@@ -16,6 +16,7 @@ BatchNorm's running statistics alone; without BatchNorm the step is that of the 
 Shapes: V crops an image, A of them assigned codes, B images on this rank, D features, K prototypes.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,15 +67,14 @@ def swav_step(
     passed = engine.forward(crops) if batch.num_parts == 1 else None
     features_ABD, scores_ABK = _assigned(batch, *passed) if passed else _first_pass(engine, batch)
 
-    codes_ABK = torch.empty_like(scores_ABK)
-    queued_AMK = _score_queue(engine, queue)
-    for crop, scores_BK in enumerate(scores_ABK):
-        if queued_AMK is not None:  # old features, today's prototypes; the batch comes last
-            scores_BK = torch.cat([queued_AMK[crop], scores_BK])
-        codes = sinkhorn(scores_BK, epsilon=epsilon, num_iterations=num_iterations, group=group)
-        codes_ABK[crop] = codes[-batch.size :]
     if queue is not None:
+        if queue.is_full:  # old features, today's prototypes; the batch comes last
+            scores_ABK = torch.cat([queue.features @ engine.prototypes().T, scores_ABK], dim=1)
         queue.push(features_ABD)
+    balance = functools.partial(
+        sinkhorn, epsilon=epsilon, num_iterations=num_iterations, group=group
+    )
+    codes_ABK = torch.stack([balance(scores_BK)[-batch.size :] for scores_BK in scores_ABK])
     if hard_codes:
         codes_ABK = harden(codes_ABK)
 
@@ -157,13 +157,6 @@ def _first_pass(engine: Engine, batch: _Batch) -> tuple[Tensor, Tensor]:
     with paused_statistics(engine.module):
         parts = [engine.forward(crops) for crops in batch.assigned_parts()]
     return _join(parts, len(batch.assigned))
-
-
-def _score_queue(engine: Engine, queue: FeatureQueue | None) -> Tensor | None:
-    """Scores [A, M, K] of the queue's features, if it takes part."""
-    if queue is None or not queue.is_full:
-        return None
-    return queue.features @ engine.prototypes().T
 
 
 def _observed(

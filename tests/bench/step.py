@@ -34,7 +34,7 @@ from trainer.step import StepResult, swav_step
 GROUP = "trainer."
 
 NUM_CROPS, FEAT_DIM, NUM_PROTOTYPES, QUEUE = 8, 128, 3000, 3840
-BATCH, LOG_EVERY = 8, 10
+BATCH, FEW, LOG_EVERY = 8, 4, 10  # FEW: images of the steps whose settings are compared
 ROUNDS = 3
 SETTINGS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "trainer.accumulation_4": ("4 parts, codes of all", {"accumulation_steps": 4}),
@@ -178,7 +178,7 @@ def overhead() -> Iterator[Row]:
 
 def settings(backbone: str) -> Iterator[Row]:
     """One setting changed against the plain step, for a model."""
-    model, crops = ModelConfig(backbone=backbone), crops_of(BATCH)
+    model, crops = ModelConfig(backbone=backbone), crops_of(FEW)
     plain = Stepper(engine_of(model, EngineConfig()), crops, None).run
     for name, (what, changed) in SETTINGS.items():
         config = replace(EngineConfig(), **changed)
@@ -186,14 +186,14 @@ def settings(backbone: str) -> Iterator[Row]:
         other = Stepper(engine_of(model, config), images, None).run
         spent = alternate({"other": other, "plain": plain}, rounds=2)
         ratio = median_ratio(spent["other"], spent["plain"])
-        note = f"{what}: a step's CPU time, {BATCH} images, against fp32, channels_last, one part"
+        note = f"{what}: a step's CPU time, {FEW} images, against fp32, channels_last, one part"
         yield Row(f"{name}.{backbone}", ratio, "x", note=note)
 
 
 def recomputation() -> Iterator[Row]:
     """What SEER's way of checkpointing costs a ResNet-50, and how much less it keeps."""
     segments = ((3,), (4,), (3, 6), (3,))
-    crops, found = crops_of(BATCH), {}
+    crops, found = crops_of(FEW), {}
     for name, ends in (("all", ()), ("segments", segments)):
         model = ModelConfig(activation_checkpoints=ends)
         engine = engine_of(model, EngineConfig())

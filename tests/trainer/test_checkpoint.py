@@ -482,6 +482,15 @@ def test_resuming_with_fewer_ranks(runs, pair):
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("pair", PAIRS)
+def test_with_fewer_ranks_the_queue_has_the_same_rows_in_the_order_of_their_age(runs, pair):
+    ranks, alone = runs
+    parts = [rank[pair[0]][1]["queue"] for rank in ranks]  # batches of 4, newest first
+    batches = torch.cat([part.unflatten(1, (-1, 4)) for part in parts], dim=2)
+    torch.testing.assert_close(alone[pair][1]["queue"], batches.flatten(1, 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.dist
 def test_a_rank_that_cannot_write_fails_all(runs):
     for rank in runs[0]:
         assert re.search(r"cannot write checkpoint 1 to .* \(rank 1\): ", rank["failure"])

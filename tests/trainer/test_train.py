@@ -1,5 +1,8 @@
 """The loop in one process: stopping on SIGTERM, a loss that explodes, settings that change."""
 
+import gzip
+import json
+import math
 import os
 import re
 import signal
@@ -197,6 +200,41 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: 
     assert f"`python -m trainer.checkpoint rm {tmp_path / 'run'} --step N`" in result.stderr
     assert "Traceback" not in result.stderr
     assert saved_steps(open_store(str(tmp_path / "run"))) == [1], "while the loss was finite"
+
+
+def test_a_run_tells_its_health_its_rate_and_what_it_is_alarmed_at(
+    settings: list[str], tmp_path: Path
+) -> None:
+    """Divided weights, a batch in two parts, a queue, hard codes, float16: all in one run."""
+    result = run_module(
+        *("trainer", *settings, "train.epochs=3", "crops.local_crops=2", "crops.local_size_px=16"),
+        *("engine.zero_stage=3", "engine.accumulation_steps=2", "engine.precision=fp16"),
+        *("queue.length=16", "queue.start_step=2", "sinkhorn.hard_codes=true"),
+        *("schedule.freeze_prototypes_steps=-1", "optim.exclude_bias_and_norm=true"),
+        *("model.batchnorm_ranks=1", "model.activation_checkpoints=[[1,2],[],[2],[]]"),
+        *("train.peak_tflops=0.5", "train.profile_step=4", "train.profile_num_steps=2"),
+        *("health.min_feature_std=1.0", "health.patience_steps=10"),
+    )
+    assert result.returncode == 0, result.stderr
+    records = read_metrics(tmp_path / "logs" / "metrics.jsonl")
+    assert len(records) == 15
+    for record in records:
+        assert record["mfu"] == pytest.approx(record["tflops_per_device"] / 0.5)
+        assert 0 < record["health/feature_std"] < 1
+        assert 0 <= record["health/prototypes_used"] <= 1
+        assert record["health/loss_below_chance"] == pytest.approx(
+            math.log(6) - record["loss"], abs=1e-4
+        )
+        assert record["health/grad_norm_max"] > 0
+        assert record["loss_scale"] > 0
+        assert record["health/code_entropy"] == 0  # hard codes
+    assert any(record["queue_used"] for record in records)
+    assert any("health/queue_drift" in record for record in records)
+    alarms = [alarm for record in records for alarm in record.get("alarms", ())]
+    assert any(alarm.startswith("collapsed_features: ") for alarm in alarms)
+    assert "ALARM at step" in result.stderr
+    trace = json.loads(gzip.decompress((tmp_path / "logs/trace-rank00000.json.gz").read_bytes()))
+    assert any("convolution" in event.get("name", "") for event in trace["traceEvents"])
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,7 @@ def train(engine: Engine, mine: slice) -> None:
         parts = engine.accumulation_steps
         for part, label in zip(images.chunk(parts), labels.chunk(parts), strict=True):
             _, scores = engine.forward([part])
+            assert engine.prototypes().shape == (NUM_PROTOTYPES, FEAT_DIM)  # as a queue asks
             engine.backward(nn.functional.cross_entropy(10 * scores, label))
         engine.step(lr=0.5, freeze_prototypes=step < FROZEN_STEPS)
 
