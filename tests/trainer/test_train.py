@@ -205,10 +205,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(settings: list[str], tmp_path: 
 def test_a_run_tells_its_health_its_rate_and_what_it_is_alarmed_at(
     settings: list[str], tmp_path: Path
 ) -> None:
-    """Divided weights, a batch in two parts, a queue, hard codes, float16: all in one run."""
+    """Divided weights, a batch in two parts, a queue, hard codes, bfloat16: all in one run."""
     result = run_module(
         *("trainer", *settings, "train.epochs=3", "crops.local_crops=2", "crops.local_size_px=16"),
-        *("engine.zero_stage=3", "engine.accumulation_steps=2", "engine.precision=fp16"),
+        *("engine.zero_stage=3", "engine.accumulation_steps=2", "engine.precision=bf16"),
         *("queue.length=16", "queue.start_step=2", "sinkhorn.hard_codes=true"),
         *("schedule.freeze_prototypes_steps=-1", "optim.exclude_bias_and_norm=true"),
         *("model.batchnorm_ranks=1", "model.activation_checkpoints=[[1,2],[],[2],[]]"),
@@ -226,7 +226,6 @@ def test_a_run_tells_its_health_its_rate_and_what_it_is_alarmed_at(
             math.log(6) - record["loss"], abs=1e-4
         )
         assert record["health/grad_norm_max"] > 0
-        assert record["loss_scale"] > 0
         assert record["health/code_entropy"] == 0  # hard codes
     assert any(record["queue_used"] for record in records)
     assert any("health/queue_drift" in record for record in records)
