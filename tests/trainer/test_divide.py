@@ -15,7 +15,7 @@ from trainer.partitions import Fragment
 
 WORLD_SIZE = 4
 CONFIG = ModelConfig(
-    backbone="resnet18", hidden_dim=2048, num_hidden_layers=10, feat_dim=64, num_prototypes=2000
+    backbone="resnet18", hidden_dim=3072, num_hidden_layers=10, feat_dim=64, num_prototypes=2000
 )
 
 
