@@ -301,10 +301,9 @@ def _compute_in(module: nn.Module, config: EngineConfig, device: torch.device) -
         trunk = module.get_submodule("backbone")
         trunk.compile(dynamic=False)  # one kernel a resolution
     if config.precision != "fp32":
-        # Casts are not kept under stage 3: they would be a whole model on every rank.
-        half = torch.autocast(
-            device.type, PRECISIONS[config.precision], cache_enabled=config.zero_stage < 3
-        )
+        # Casts are not kept for the next resolution: its gradients would be added to the others' in
+        # half precision, and under stage 3 they would be a whole model on every rank.
+        half = torch.autocast(device.type, PRECISIONS[config.precision], cache_enabled=False)
         module.forward = half(module.forward)
 
 
