@@ -169,8 +169,8 @@ class Run:
             self._save()
 
     def _report(self, trained: Trained) -> None:
-        record = {"step": trained.step, "epoch": trained.epoch, "loss": self._loss}
-        record |= trained.figures
+        record: dict[str, Any] = {"step": trained.step, "epoch": trained.epoch}
+        record |= {"loss": self._loss, **trained.figures}
         record |= self._checked()
         record |= self._clock.lap(self.num_steps)
         if not self.log:
