@@ -99,6 +99,7 @@ class Engine(Protocol):
     optimizer: LARC
     replicated: bool  # whether every rank holds every fragment whole
     accumulation_steps: int  # calls of forward and backward that make one step
+    loss_scale: LossScale | None  # in float16
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Features [V*B, D] and scores [V*B, K] of a list of crops [V_g*B, 3, s, s], crop-major."""
@@ -130,6 +131,7 @@ class PlainEngine:
     """
 
     replicated = True
+    loss_scale = None
 
     def __init__(
         self,
@@ -210,8 +212,8 @@ class DeepSpeedEngine:
         self._partitions = self._divided(config.zero_stage, device)
         self.replicated = self._partitions.replicated
         optimizer.bind(self._partitions.tables())
-        self._loss_scale = LossScale(device) if config.precision == "fp16" else None
-        optimizer.loss_scale = self._loss_scale.value if self._loss_scale else None
+        self.loss_scale = LossScale(device) if config.precision == "fp16" else None
+        optimizer.loss_scale = self.loss_scale.value if self.loss_scale else None
         self._num_backwards = 0
 
     def forward(self, crops: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -222,7 +224,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
         self._deepspeed.backward(
-            loss if self._loss_scale is None else loss * self._loss_scale.value
+            loss if self.loss_scale is None else loss * self.loss_scale.value
         )
         self._num_backwards += 1
         if self._num_backwards % self.accumulation_steps:
@@ -233,8 +235,8 @@ class DeepSpeedEngine:
         assert self._num_backwards % self.accumulation_steps == 0, "a part of the batch is missing"
         _begin_step(self.optimizer, self._prototype_group, lr, freeze_prototypes)
         self._deepspeed.step()
-        if self._loss_scale is not None:
-            self._loss_scale.update(self._overflow())
+        if self.loss_scale is not None:
+            self.loss_scale.update(self._overflow())
 
     def normalize_prototypes(self) -> None:
         """See Engine."""
@@ -260,10 +262,10 @@ class DeepSpeedEngine:
 
     def _overflow(self) -> Tensor:
         """Whether the step was left out: by the optimiser, or by DeepSpeed before it was asked."""
-        assert self._loss_scale is not None
+        assert self.loss_scale is not None
         if self.optimizer.overflow is None:  # no group was stepped
-            return torch.ones_like(self._loss_scale.value, dtype=torch.bool)
-        return self.optimizer.overflow.to(self._loss_scale.value.device)
+            return torch.ones_like(self.loss_scale.value, dtype=torch.bool)
+        return self.optimizer.overflow.to(self.loss_scale.value.device)
 
 
 def divide(module: nn.Module) -> None:

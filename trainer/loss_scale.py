@@ -31,3 +31,13 @@ class LossScale:
         grown = torch.where(grows, (self.value * 2).clamp(max=LARGEST), self.value)
         self.value.copy_(torch.where(overflow, (self.value / 2).clamp(min=1.0), grown))
         self.good_steps.copy_(torch.where(overflow | grows, 0, good_steps))
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps; the host waits for it."""
+        return [self.value.item(), self.good_steps.item()]
+
+    def load(self, state: list[float]) -> None:
+        """Go on from what `state` gave."""
+        value, good_steps = state
+        self.value.fill_(value)
+        self.good_steps.fill_(int(good_steps))

@@ -103,6 +103,8 @@ class Run:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go to a checkpoint."""
         state = self.checkpoints.restore(checkpoint, self.engine, queue=self.queue)
+        if self.engine.loss_scale is not None and "loss_scale" in state:
+            self.engine.loss_scale.load(state["loss_scale"])
         self.num_steps = self._saved_step = checkpoint.step
         self.changes = changed_settings(state["config"], dump_config(self.config))
         self.history = self.checkpoints.metrics(checkpoint)
@@ -204,11 +206,13 @@ class Run:
         return features
 
     def _save(self) -> None:
-        state = {
+        state: dict[str, Any] = {
             "loader": self._position,
             "quarantine": self._gather_quarantine(self._position),
             "config": dump_config(self.config),
         }
+        if self.engine.loss_scale is not None:
+            state["loss_scale"] = self.engine.loss_scale.state()
         if self.config.model.batchnorm_ranks:  # else all ranks have the same statistics
             average_statistics(self.engine.module)
         metrics = self.log.all_lines() if self.log else b""

@@ -15,6 +15,14 @@ def test_it_halves_at_an_overflow_and_doubles_after_a_while() -> None:
     assert scale.good_steps == 0
 
 
+def test_it_goes_on_from_its_state() -> None:
+    scale, other = LossScale("cpu"), LossScale("cpu")
+    scale.update(torch.tensor(True))
+    scale.update(torch.tensor(False))
+    other.load(scale.state())
+    assert other.state() == [INITIAL / 2, 1]
+
+
 def test_it_stays_within_its_bounds() -> None:
     scale = LossScale("cpu")
     scale.value.fill_(LARGEST)
