@@ -78,7 +78,7 @@ def study(
         command = [sys.executable, "-m", "trainer", *arguments]
         subprocess.run(command, env=environment(), stdout=log, stderr=log, check=True)
     records = read_metrics(place / "metrics.jsonl")
-    drifts = [record["health/queue_drift"] for record in records if "health/queue_drift" in record]
+    drifts = [record.get("health/queue_drift", 0.0) for record in records if record["queue_used"]]
     alarms = {alarm.partition(":")[0] for record in records for alarm in record.get("alarms", ())}
     return {
         "case": case,
