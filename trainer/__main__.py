@@ -17,6 +17,8 @@ checkpoint.
   deepspeed --module trainer --config configs/demo.toml \\
       loader.dataset=s3://bucket/data checkpoint.run=s3://bucket/runs/first
   python -m trainer --config …   the same in one process
+  python -m trainer --plan --config configs/seer_regnety_10b.toml world_size=496
+                                 what that would take, without starting it
 
 exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 stopped after a checkpoint (start
 me again)
@@ -37,8 +39,54 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings over those of the file"
     )
+    _add_plan(parser)
     arguments = parser.parse_args()
+    if arguments.plan:
+        return run_command(lambda: tell_plan(arguments))
     return run_command(lambda: run(arguments.config, arguments.overrides, arguments.print_config))
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    options = parser.add_argument_group("planning")
+    options.add_argument(
+        "--plan",
+        action="store_true",
+        help="print the memory, time and checkpoints of a run of world_size=N ranks and stop; "
+        "nothing is allocated or read",
+    )
+    options.add_argument("--json", action="store_true", help="the plan as JSON")
+    options.add_argument(
+        "--images", type=int, default=0, metavar="N", help="images of the data set, for its length"
+    )
+    options.add_argument(
+        "--utilisation",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="assumed share of a device's peak that a step reaches (0.2)",
+    )
+    options.add_argument(
+        "--store-mb-per-s",
+        type=float,
+        default=85.0,
+        metavar="MB",
+        help="assumed rate at which a rank writes its part of a checkpoint (85)",
+    )
+
+
+def tell_plan(arguments: argparse.Namespace) -> int:
+    """Print what a run would take. Its stdout is the result."""
+    from trainer.plan import Assumptions, load_plan_config, plan, to_json, to_text
+
+    config, world_size = load_plan_config(arguments.config, arguments.overrides)
+    assumptions = Assumptions(
+        utilisation=arguments.utilisation,
+        store_mb_per_s=arguments.store_mb_per_s,
+        num_images=arguments.images,
+    )
+    found = plan(config, world_size, assumptions)
+    print(to_json(found) if arguments.json else to_text(found))
+    return 0
 
 
 def run(path: str | None, overrides: list[str], print_config: bool) -> int:
