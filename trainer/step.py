@@ -72,9 +72,14 @@ def swav_step(
             scores_ABK = torch.cat([queue.features @ engine.prototypes().T, scores_ABK], dim=1)
         queue.push(features_ABD)
     balance = functools.partial(
-        sinkhorn, epsilon=epsilon, num_iterations=num_iterations, group=group
+        sinkhorn,
+        epsilon=epsilon,
+        num_iterations=num_iterations,
+        group=group,
+        bound=1.0,  # cosines
+        num_last=batch.size,
     )
-    codes_ABK = torch.stack([balance(scores_BK)[-batch.size :] for scores_BK in scores_ABK])
+    codes_ABK = torch.stack([balance(scores_BK) for scores_BK in scores_ABK])
     if hard_codes:
         codes_ABK = harden(codes_ABK)
 
