@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchvision.models.resnet import Bottleneck
 
 from pipeline.augment import AugmentConfig
@@ -34,8 +33,10 @@ from pipeline.processes import cpu_seconds
 from tests.bench.photographs import TRAIN, photographs
 from tests.bench.rows import Row
 from tests.support.dataset import write_dataset
+from trainer.engine import PlainEngine
 from trainer.models import SwAVModel
 from trainer.models.resnet import ResNet
+from trainer.optim import LARC, parameter_groups
 from trainer.step import swav_step
 
 GROUP = "loader."
@@ -228,7 +229,7 @@ def loading(folder: str, **settings: Any) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def with_loader(folder: str, step: Callable[[], None], **settings: Any) -> tuple[float, float]:
+def with_loader(folder: str, step: Callable[[], object], **settings: Any) -> tuple[float, float]:
     """Seconds a training step beside a loader, and the loader's images a second."""
     step_s = [0.0]
 
@@ -246,7 +247,7 @@ def rate_of(count: Callable[[], int], work: Callable[[], None]) -> float:
     return (count() - first) / (time.perf_counter() - start)
 
 
-def run_for(seconds: float, step: Callable[[], None]) -> float:
+def run_for(seconds: float, step: Callable[[], object]) -> float:
     """Do steps for a while; the median step's seconds."""
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -256,37 +257,15 @@ def run_for(seconds: float, step: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-class PlainEngine:
-    """What a step needs of an engine: the model and an optimiser, with nothing around them."""
-
-    def __init__(self) -> None:
-        torch.manual_seed(0)
-        self.module = SwAVModel(ResNet(Bottleneck, (3, 4, 6, 3), stem_width=8), 64, 16, 8)
-        self._optimizer = torch.optim.SGD(self.module.parameters(), lr=0.1)
-
-    def normalize_prototypes(self) -> None:
-        weight = self.module.get_parameter("prototypes.weight")
-        with torch.no_grad():
-            weight.copy_(torch.nn.functional.normalize(weight, dim=1))
-
-    def forward(self, crops: list[Tensor]) -> tuple[Tensor, Tensor]:
-        features, scores = self.module(crops)
-        return features, scores
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def step(self, *, lr: float, freeze_prototypes: bool) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-
-def training_step() -> Callable[[], None]:
+def training_step() -> Callable[[], object]:
     """SwAV's step with the depth of a ResNet-50 and next to no arithmetic."""
+    torch.manual_seed(0)
+    model = SwAVModel(ResNet(Bottleneck, (3, 4, 6, 3), stem_width=8), 64, 16, 8)
+    optimizer = LARC(parameter_groups(model), lr=0.1, momentum=0.9, weight_decay=1e-6)
     crops = [torch.randn(2 * 2, 3, TINY.global_size_px, TINY.global_size_px)]
     return functools.partial(
         swav_step,
-        PlainEngine(),  # type: ignore[arg-type]
+        PlainEngine(model, optimizer),
         crops,
         queue=None,
         num_crops=2,
