@@ -223,9 +223,7 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         """See Engine."""
-        self._deepspeed.backward(
-            loss if self.loss_scale is None else loss * self.loss_scale.value
-        )
+        self._deepspeed.backward(loss if self.loss_scale is None else loss * self.loss_scale.value)
         self._num_backwards += 1
         if self._num_backwards % self.accumulation_steps:
             self._deepspeed.step()  # only counts
