@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
+from torchvision.models import resnet18, resnet50, resnet101
 from torchvision.models.resnet import Bottleneck
 
 from tests.support import golden
@@ -18,10 +18,10 @@ from trainer.models import (
     SwAVModel,
     SyncBatchNorm,
     build_backbone,
-    build_model,
     convert_sync_batchnorm,
     from_reference_keys,
     load_reference_checkpoint,
+    meta_model,
     projection_head,
     to_reference_keys,
 )
@@ -52,8 +52,7 @@ def _num_params(module: nn.Module) -> int:
 def test_resnet_has_the_reference_layout(case: str):
     expected = RESNETS[case]
     config = ModelConfig(backbone=case.split("@")[0], hidden_dim=expected["hidden_mlp"])
-    with torch.device("meta"):
-        model = build_model(config)
+    model = meta_model(config)
     assert model.backbone.feature_dim == expected["feature_dim"]
     assert _num_params(model) == expected["total_params"]
     assert _num_params(model.backbone) == expected["trunk_params"]
@@ -71,8 +70,7 @@ def test_resnet_has_the_reference_layout(case: str):
 
 def test_a_linear_head_has_the_reference_layout():
     expected = RESNETS["resnet50_linear_head"]
-    with torch.device("meta"):
-        model = build_model(ModelConfig(hidden_dim=0))
+    model = meta_model(ModelConfig(hidden_dim=0))
     assert _num_params(model) == expected["total_params"]
     assert _num_params(model.backbone) == RESNETS["resnet50_eval_trunk"]["total_params"]
     heads = [key for key in to_reference_keys(model.state_dict()) if "projection" in key]
@@ -101,7 +99,9 @@ def test_regnet_has_the_seer_shapes(name: str):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("resnet18", resnet18), ("resnet50", resnet50)], ids=["18", "50"]
+    ("ours", "theirs"),
+    [("resnet18", resnet18), ("resnet50", resnet50), ("resnet101", resnet101)],
+    ids=["18", "50", "101"],
 )
 def test_resnet_equals_torchvision(ours: str, theirs: Any):
     trunk, other = build_backbone(ours).eval(), theirs().eval()
@@ -124,7 +124,7 @@ def test_a_small_regnet_learns():
 def test_the_largest_runs_on_the_meta_device():
     with torch.device("meta"):
         config = ModelConfig(backbone="regnet_y_10b", hidden_dim=8192, num_hidden_layers=2)
-        features, _ = build_model(config)([torch.empty(2, 3, 160, 160), torch.empty(4, 3, 96, 96)])
+        features, _ = meta_model(config)([torch.empty(2, 3, 160, 160), torch.empty(4, 3, 96, 96)])
     assert features.shape == (6, 128)
 
 
