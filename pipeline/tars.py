@@ -177,6 +177,8 @@ class TarStream:
                 if is_known is None or not is_known(sample.number):
                     found += 1
                     yield sample
+            if closed.is_set():  # an end that was asked for, perhaps before the first image
+                return
             if not found:
                 raise DataError(
                     f"no image can be used in any tar of this rank, of {len(self.urls)} tars from "

@@ -14,6 +14,7 @@ def test_every_byte_is_as_recorded(name: str) -> None:
 
 
 def test_every_file_is_recorded() -> None:
-    ours = {"manifest.json", "README.md", "order.npz"}  # the last is tested beside the order
+    # The last two are tested beside the order and the presets.
+    ours = {"manifest.json", "README.md", "order.npz", "recipes.json"}
     there = {path.name for path in golden.GOLDEN.iterdir()} - ours
     assert there == set(golden.manifest()["files"])
