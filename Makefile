@@ -36,7 +36,7 @@ check: setup  ## lint, types, import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: setup  ## all tests but the exhaustive ones (10 minutes on 2 cores) [JOBS=2]
+test: setup  ## all tests but the exhaustive ones (10 to 14 minutes on 2 cores) [JOBS=2]
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: setup  ## the exhaustive matrices
